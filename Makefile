@@ -1,0 +1,51 @@
+# `make demo` and `make test` start from a bare clone: each installs what is missing into .venv.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test format lint docs clean
+
+help:
+	@echo "make demo     install, make the digits data, train with four losses, write a report"
+	@echo "make test     install and run the tests"
+	@echo "make lint     formatter check, linter, type checker"
+	@echo "make format   format the code"
+	@echo "make docs     regenerate the tables in README.md"
+
+install: $(INSTALLED)
+
+$(INSTALLED): requirements/torch.txt requirements/base.txt requirements/detectron2.txt \
+		requirements/digits.txt requirements/dev.txt setup.py pyproject.toml
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check -r requirements/torch.txt \
+		-r requirements/base.txt -r requirements/dev.txt
+	$(RUN) -m pip install --disable-pip-version-check --no-deps -r requirements/digits.txt
+	$(RUN) -c "import detectron2" 2>/dev/null || $(RUN) -m pip install \
+		--disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.10 \
+		--require-hashes -r requirements/detectron2.txt \
+		--target "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	$(RUN) -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: $(INSTALLED)
+	$(RUN) tools/demo.py
+
+test: $(INSTALLED)
+	$(RUN) -m pytest
+
+lint: $(INSTALLED)
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+format: $(INSTALLED)
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+docs: $(INSTALLED)
+	$(RUN) tools/docs.py
+
+clean:
+	rm -rf $(VENV) output build dist *.egg-info

@@ -1,0 +1,45 @@
+"""The user's own losses, heads and data sets, named by ``FOCAL_DET_PLUGINS``."""
+
+import importlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+
+def load_plugins(names: str | None = None) -> None:
+    """Import the modules that register the user's parts; safe to call more than once.
+
+    Args:
+        names: comma-separated module names or paths of ``.py`` files; the value of the environment
+            variable ``FOCAL_DET_PLUGINS`` if None.
+
+    Raises:
+        ImportError: an entry that cannot be found; it is named.
+    """
+    if names is None:
+        names = os.environ.get("FOCAL_DET_PLUGINS", "")
+    for entry in names.split(","):
+        entry = entry.strip()
+        if entry.endswith(".py"):
+            _load_file(Path(entry))
+        elif entry:
+            importlib.import_module(entry)
+
+
+def _load_file(path: Path) -> None:
+    name = f"focal_det_plugin_{path.stem}"
+    if name in sys.modules:
+        return
+    if not path.is_file():
+        raise ImportError(f"FOCAL_DET_PLUGINS names {str(path)!r}, which is not a file")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]  # so that the next try does not take half a module for a whole one
+        raise
