@@ -1,0 +1,271 @@
+"""What every classification loss of a dense detector promises.
+
+Letters used throughout: N images, R anchors, K foreground classes. A *term* is one (anchor, class)
+pair: K independent binary classifiers per anchor, no softmax. With x the logit of a term and
+y = +1 for the anchor's own class, y = -1 for every other class and for background anchors:
+
+    x_t = y x          p_t = sigmoid(x_t)          alpha_t = alpha if y = +1 else 1 - alpha
+"""
+
+import inspect
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from focal_det.kernels import LossSums, elementwise_terms, sum_terms
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+
+__all__ = ["ClassificationLoss", "ElementwiseLoss", "LossSums", "check_in_range"]
+
+
+class ValueAndSlope(NamedTuple):
+    """A loss per term and its derivative by x_t, both of the shape of x_t."""
+
+    value: Tensor
+    slope: Tensor
+
+
+def check_in_range(
+    owner: object,
+    name: str,
+    value: float,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    low_excluded: bool = False,
+) -> None:
+    """Raise unless ``low <= value <= high`` (``low < value`` if `low_excluded`).
+
+    Args:
+        owner: the object whose argument it is; its class is named in the error.
+        name, value: the argument; NaN and anything that is not a number are out of range.
+
+    Raises:
+        ValueError: names the argument, its value and the allowed range.
+    """
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    inside = is_number and low <= value <= high and not (low_excluded and value == low)
+    # Infinity is no usable setting even where the range has no upper end.
+    if not inside or math.isinf(value):
+        bound = ">" if low_excluded else ">="
+        allowed = f"{bound} {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{type(owner).__name__}: {name} must be {allowed}, got {value!r}")
+
+
+def check_inputs(logits: Tensor, labels: Tensor, boxes: Tensor | None = None) -> None:
+    """Check one loss call against the contract.
+
+    Args:
+        logits: (..., K) floating point.
+        labels: (...) integer, ``0..K-1`` foreground class, ``K`` background, ``-1`` ignored.
+        boxes: (..., 4), or None.
+
+    Raises:
+        ValueError: names what does not fit, the shape or value, and what is allowed.
+    """
+    if logits.dim() == 0 or logits.shape[-1] == 0 or not logits.is_floating_point():
+        raise ValueError(
+            "logits must be a floating-point tensor of shape (..., K) with K >= 1, "
+            f"got {tuple(logits.shape)} {logits.dtype}"
+        )
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels must have the shape of logits without its last dimension, "
+            f"{tuple(logits.shape[:-1])}, got {tuple(labels.shape)}"
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be integers (int64), got {labels.dtype}")
+    if boxes is not None and boxes.shape != (*labels.shape, 4):
+        raise ValueError(
+            f"boxes must have the shape of labels and a last dimension of 4, "
+            f"{(*labels.shape, 4)}, got {tuple(boxes.shape)}"
+        )
+    num_classes = logits.shape[-1]
+    if labels.numel() > 0:
+        low, high = (int(x) for x in torch.aminmax(labels))
+        if low < -1 or high > num_classes:
+            raise ValueError(
+                f"labels must lie in -1..{num_classes} (-1 ignored, 0..{num_classes - 1} "
+                f"foreground, {num_classes} background), got {low if low < -1 else high}"
+            )
+
+
+class ClassificationLoss(nn.Module, ABC):
+    """Base of every loss in ``LOSS_REGISTRY``: a sum over anchors, never normalised.
+
+    A subclass implements :meth:`per_image`; most should derive from :class:`ElementwiseLoss`
+    instead and state one formula. Constructor arguments need defaults: each becomes the config key
+    ``MODEL.FOCAL_DET.<config_node>.<ARGUMENT>``, and the defaults are those of the signature.
+    """
+
+    needs_boxes: ClassVar[bool] = False
+    """Whether :meth:`per_image` wants the predicted boxes, which cost a decoding."""
+
+    config_node: ClassVar[str] = ""
+    """Node under ``MODEL.FOCAL_DET``; empty for the class name in upper snake case."""
+
+    def forward(self, logits: Tensor, labels: Tensor, boxes: Tensor | None = None) -> Tensor:
+        """Sum of the loss over all anchors that are not ignored.
+
+        Args:
+            logits: (..., K) float32, float16 or bfloat16, any strides.
+            labels: (...) int64 in ``-1..K``: ``0..K-1`` foreground class, ``K`` background,
+                ``-1`` ignored.
+            boxes: (..., 4) predicted boxes, XYXY in absolute pixels; read only by losses that
+                say so (``needs_boxes``). Its leading dimension is the image; (R, 4) is one image.
+
+        Returns:
+            0-d float32 (float64 for float64 logits). Gradients reach `logits` only; with no
+            anchor, or none that counts, it is 0 and so is its gradient.
+
+        Raises:
+            ValueError: shapes that do not fit each other, or a label outside ``-1..K``.
+        """
+        check_inputs(logits, labels, boxes)
+        if labels.dim() < 2:  # one image
+            logits, labels = logits.unsqueeze(0), labels.unsqueeze(0)
+            boxes = None if boxes is None else boxes.unsqueeze(0)
+        return self.per_image([logits], [labels], None if boxes is None else [boxes]).total.sum()
+
+    @abstractmethod
+    def per_image(
+        self,
+        logits: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        boxes: Sequence[Tensor] | None = None,
+    ) -> LossSums:
+        """Sums of the loss for each image over all feature levels.
+
+        Args:
+            logits: one (N, ..., K) a level, any strides; a view of the head's output will do.
+            labels: one (N, ...) a level.
+            boxes: one (N, ..., 4) a level, or None.
+
+        Returns:
+            The sums, (N,) each. Inputs are not checked here: :meth:`forward` does.
+        """
+
+    @classmethod
+    def config_keys(cls) -> dict[str, str]:
+        """Full config key of each constructor argument, in the order of the signature."""
+        boundary = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
+        node = cls.config_node or re.sub(boundary, "_", cls.__name__).upper()
+        return {
+            name: f"MODEL.FOCAL_DET.{node}.{name.upper()}"
+            for name, parameter in inspect.signature(cls).parameters.items()
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        }
+
+    @classmethod
+    def from_config(cls, cfg: "CfgNode") -> dict[str, Any]:
+        """Constructor arguments read from `cfg`; one whose key is absent keeps its default."""
+        arguments = {}
+        for name, key in cls.config_keys().items():
+            node = cfg
+            *path, leaf = key.split(".")
+            for part in path:
+                node = node.get(part, {})
+            if leaf in node:
+                arguments[name] = node[leaf]
+        return arguments
+
+    def extra_repr(self) -> str:
+        """The constructor arguments that are kept under their own name."""
+        kept = {name: getattr(self, name) for name in self.config_keys() if hasattr(self, name)}
+        return ", ".join(f"{name}={value!r}" for name, value in kept.items())
+
+
+class ElementwiseLoss(ClassificationLoss):
+    """A loss that is a sum of one function over all terms.
+
+    A subclass states the function of x_t once, in :meth:`value_and_slope` (value and derivative)
+    or in :meth:`value` (the value alone; the derivative is then taken by autograd, block by
+    block). Sign, alpha weighting, ignored anchors, strides and precision are handled here.
+    """
+
+    alpha: float | None = None
+    """Weight of the foreground terms, ``1 - alpha`` of the background ones; None for 1 and 1."""
+
+    def value(self, x_t: Tensor, foreground: bool) -> Tensor:
+        """Loss per term, without the alpha weight.
+
+        Args:
+            x_t: logits times y, float32 or better, any shape; must not be changed.
+            foreground: whether these are the terms with y = +1. Most losses do not ask.
+
+        Returns:
+            A tensor of the shape of `x_t`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs value() or value_and_slope()")
+
+    def value_and_slope(self, x_t: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
+        """Loss per term and its derivative by x_t, without the alpha weight.
+
+        Args:
+            x_t, foreground: see :meth:`value`.
+
+        Returns:
+            Two tensors of the shape of `x_t`, finite for ``|x_t| <= 1e4``.
+        """
+        with torch.enable_grad():
+            x_t = x_t.detach().requires_grad_()
+            value = self.value(x_t, foreground)
+            (slope,) = torch.autograd.grad(value.sum(), x_t)
+        return value.detach(), slope
+
+    def terms(self, logits: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
+        """Weighted loss per term and its derivative by the logit.
+
+        Args:
+            logits: float32 or better, any shape.
+            foreground: whether these are the terms with y = +1.
+
+        Returns:
+            Two tensors of the shape of `logits`.
+        """
+        value, slope = self.value_and_slope(logits if foreground else -logits, foreground)
+        weight = 1.0
+        if self.alpha is not None:
+            weight = self.alpha if foreground else 1.0 - self.alpha
+        sign = 1.0 if foreground else -1.0
+        return value * weight, slope * (weight * sign)
+
+    def elementwise(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of every term.
+
+        Args:
+            logits, labels: see :meth:`forward`.
+
+        Returns:
+            (..., K) float32 (float64 for float64 logits), 0 where the anchor is ignored.
+
+        Raises:
+            ValueError: see :meth:`forward`.
+        """
+        check_inputs(logits, labels)
+        return elementwise_terms(self.terms, logits, labels)
+
+    def per_image(
+        self,
+        logits: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        boxes: Sequence[Tensor] | None = None,
+    ) -> LossSums:
+        """See :meth:`ClassificationLoss.per_image`; `boxes` is not read."""
+        levels = [sum_terms(self.terms, x, y) for x, y in zip(logits, labels, strict=True)]
+        return LossSums(*(torch.stack(sums).sum(0) for sums in zip(*levels, strict=True)))
+
+    def _set_alpha(self, alpha: float | None) -> None:
+        """Check and keep `alpha`; None and negative values mean no weighting."""
+        if alpha is None or (isinstance(alpha, (int, float)) and alpha < 0):
+            self.alpha = None
+        else:
+            check_in_range(self, "alpha", alpha, 0.0, 1.0)
+            self.alpha = float(alpha)

@@ -1,0 +1,49 @@
+"""Focal Loss (FL)."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from .contract import ElementwiseLoss, check_in_range
+from .registry import LOSS_REGISTRY
+
+
+@LOSS_REGISTRY.register()
+class FocalLoss(ElementwiseLoss):
+    """Focal Loss (arXiv 1708.02002, eqs. 4 and 5; derivative: appendix B).
+
+        FL(p_t)  = -alpha_t (1 - p_t)^gamma log(p_t)
+        dFL/dx   = y alpha_t (1 - p_t)^gamma (gamma p_t log(p_t) + p_t - 1)
+
+    Args:
+        alpha: weight of the foreground terms, ``1 - alpha`` of the background ones, in [0, 1];
+            None or negative for no weighting. It sinks as gamma grows, since focusing already
+            quiets the easy background: the paper's best pairs are (gamma 0, alpha .75),
+            (.5, .5), (2, .25).
+        gamma: focusing strength, >= 0; 0 gives cross entropy. Values in (0, 1) are exact too.
+
+    Raises:
+        ValueError: `alpha` above 1 or `gamma` below 0.
+    """
+
+    def __init__(self, alpha: float | None = 0.25, gamma: float = 2.0) -> None:
+        super().__init__()
+        self._set_alpha(alpha)
+        check_in_range(self, "gamma", gamma, 0.0)
+        self.gamma = float(gamma)
+
+    @classmethod
+    def config_keys(cls) -> dict[str, str]:
+        """Detectron2's own keys, so that a config for its RetinaNet means the same here."""
+        return {
+            "alpha": "MODEL.RETINANET.FOCAL_LOSS_ALPHA",
+            "gamma": "MODEL.RETINANET.FOCAL_LOSS_GAMMA",
+        }
+
+    def value_and_slope(self, x_t: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
+        """FL and its derivative by x_t, each of the shape of `x_t`, without alpha_t."""
+        minus_log_p = F.softplus(-x_t)
+        # (1 - p_t)^gamma from log(1 - p_t) = -softplus(x_t): a power of 1 - p_t would be 0^gamma
+        # once p_t rounds to 1, whose derivative is infinite for gamma < 1.
+        modulator = (-self.gamma * F.softplus(x_t)).exp()
+        slope = -modulator * (self.gamma * x_t.sigmoid() * minus_log_p + (-x_t).sigmoid())
+        return modulator * minus_log_p, slope

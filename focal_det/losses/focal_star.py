@@ -1,0 +1,39 @@
+"""The alternative form of the focal loss (FL*)."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from .contract import ElementwiseLoss, check_in_range
+from .registry import LOSS_REGISTRY
+
+
+@LOSS_REGISTRY.register()
+class FocalLossStar(ElementwiseLoss):
+    """FL* (arXiv 1708.02002, appendix A eqs. 9 and 10, appendix B, Table 3).
+
+        p_t* = sigmoid(gamma x_t + beta)
+        FL*  = -alpha_t log(p_t*) / gamma          dFL*/dx = y alpha_t (p_t* - 1)
+
+    Args:
+        alpha: weight of the foreground terms, ``1 - alpha`` of the background ones, in [0, 1];
+            None or negative for no weighting.
+        gamma: steepness, > 0. The paper reports (gamma 2, beta 1) and (4, 0).
+        beta: shift, any finite number.
+
+    Raises:
+        ValueError: `alpha` above 1, `gamma` not above 0, or `beta` not finite.
+    """
+
+    config_node = "FL_STAR"
+
+    def __init__(self, alpha: float | None = 0.25, gamma: float = 2.0, beta: float = 1.0) -> None:
+        super().__init__()
+        self._set_alpha(alpha)
+        check_in_range(self, "gamma", gamma, 0.0, low_excluded=True)
+        check_in_range(self, "beta", beta)
+        self.gamma, self.beta = float(gamma), float(beta)
+
+    def value_and_slope(self, x_t: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
+        """FL* and its derivative by x_t, each of the shape of `x_t`, without alpha_t."""
+        minus_z = -self.gamma * x_t - self.beta
+        return F.softplus(minus_z) / self.gamma, -minus_z.sigmoid()

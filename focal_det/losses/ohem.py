@@ -1,0 +1,152 @@
+"""Online hard example mining (OHEM) for one-stage detectors."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+from focal_det.kernels import LossSums, sum_terms_per_anchor
+
+from .contract import ClassificationLoss, check_in_range
+from .cross_entropy import CrossEntropyLoss
+from .registry import LOSS_REGISTRY
+
+
+@LOSS_REGISTRY.register()
+class OHEMLoss(ClassificationLoss):
+    """Cross entropy of the hardest anchors of each image (arXiv 1708.02002, section 5.1, Table 1d).
+
+    Per image: score every anchor that is not ignored by its cross entropy summed over classes, run
+    class-agnostic NMS on the predicted boxes with that score, keep the hardest that are left.
+
+    Plain OHEM keeps the `batch_size` highest. With ``neg_pos_ratio = r > 0`` (3 is the paper's
+    "OHEM 1:3") at most ``floor(batch_size / (1 + r))`` of the highest positives and ``floor(r x
+    positives kept)`` of the highest negatives are kept, both after NMS over all anchors; with no
+    positive left, one negative.
+
+    The paper leaves open what the minibatch spans, the score and the boxes of the NMS. Our choices:
+    one minibatch an image, classification loss as the score, predicted boxes. The box loss is not
+    mined. Gradients reach the kept anchors' logits; the selection and the boxes get none.
+
+    Args:
+        batch_size: anchors kept per image, >= 1.
+        nms_thresh: boxes that overlap a harder one by more than this IoU are dropped, in [0, 1].
+        neg_pos_ratio: negatives kept per positive, >= 0; 0 for plain OHEM.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    needs_boxes = True
+    config_node = "OHEM"
+
+    def __init__(
+        self, batch_size: int = 128, nms_thresh: float = 0.5, neg_pos_ratio: float = 0.0
+    ) -> None:
+        super().__init__()
+        if not isinstance(batch_size, int):
+            raise ValueError(f"OHEMLoss: batch_size must be an integer, got {batch_size!r}")
+        check_in_range(self, "batch_size", batch_size, 1)
+        check_in_range(self, "nms_thresh", nms_thresh, 0.0, 1.0)
+        check_in_range(self, "neg_pos_ratio", neg_pos_ratio, 0.0)
+        self.batch_size = int(batch_size)
+        self.nms_thresh = float(nms_thresh)
+        self.neg_pos_ratio = float(neg_pos_ratio)
+        self.cross_entropy = CrossEntropyLoss()
+
+    def per_image(
+        self,
+        logits: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        boxes: Sequence[Tensor] | None = None,
+    ) -> LossSums:
+        """See :meth:`ClassificationLoss.per_image`; `boxes` is required.
+
+        Raises:
+            ValueError: no boxes.
+        """
+        if boxes is None:
+            raise ValueError("OHEMLoss needs boxes, (..., 4) XYXY, for its NMS; got None")
+        scores = [
+            sum_terms_per_anchor(self.cross_entropy.terms, x, y)
+            for x, y in zip(logits, labels, strict=True)
+        ]
+        keep = self.select(
+            _join_levels(scores),
+            _join_levels(labels),
+            _join_levels(boxes, last=4),
+            logits[0].shape[-1],
+        )
+        sizes = [y[0].numel() for y in labels]
+        kept_labels = [
+            y.where(k.view(y.shape), -1)
+            for y, k in zip(labels, keep.split(sizes, dim=1), strict=True)
+        ]
+        return self.cross_entropy.per_image(logits, kept_labels)
+
+    @torch.no_grad()
+    def select(self, scores: Tensor, labels: Tensor, boxes: Tensor, num_classes: int) -> Tensor:
+        """The anchors that enter the loss.
+
+        Args:
+            scores: (N, R), the cross entropy of each anchor.
+            labels: (N, R), ``0..K-1`` foreground, ``K`` background, ``-1`` ignored.
+            boxes: (N, R, 4), XYXY in absolute pixels.
+            num_classes: K.
+
+        Returns:
+            (N, R) bool.
+        """
+        keep = torch.zeros_like(labels, dtype=torch.bool)
+        for image in range(len(labels)):
+            valid = (labels[image] >= 0).nonzero().squeeze(1)
+            kept = self._select_one(
+                scores[image, valid],
+                labels[image, valid] < num_classes,
+                boxes[image, valid].float(),
+            )
+            keep[image, valid[kept]] = True
+        return keep
+
+    def _select_one(self, scores: Tensor, positive: Tensor, boxes: Tensor) -> Tensor:
+        """Indices of the kept anchors of one image: scores (R,), positive (R,), boxes (R, 4).
+
+        Whether NMS keeps an anchor depends on harder anchors alone, so NMS over a prefix of the
+        anchors by falling score decides that prefix exactly as NMS over all would. The prefix
+        grows until it holds all that is to be kept.
+        """
+        scores, order = scores.sort(descending=True, stable=True)
+        positive, boxes = positive[order], boxes[order]
+        total, size = len(order), min(len(order), 8 * self.batch_size)
+        while True:
+            survivors = nms(boxes[:size], scores[:size], self.nms_thresh)
+            kept, complete = self._take(
+                survivors, positive, all_positives=not positive[size:].any()
+            )
+            if complete or size == total:
+                return order[kept]
+            size = min(total, 4 * size)
+
+    def _take(
+        self, survivors: Tensor, positive: Tensor, all_positives: bool
+    ) -> tuple[Tensor, bool]:
+        """Take the minibatch from `survivors` (positions by falling score); is it the final one?"""
+        if self.neg_pos_ratio == 0:
+            return survivors[: self.batch_size], len(survivors) >= self.batch_size
+        max_positives = math.floor(self.batch_size / (1 + self.neg_pos_ratio))
+        is_positive = positive[survivors]
+        positives = survivors[is_positive][:max_positives]
+        num_negatives = math.floor(self.neg_pos_ratio * len(positives)) if len(positives) else 1
+        negatives = survivors[~is_positive][:num_negatives]
+        enough_positives = len(positives) == max_positives or all_positives
+        return torch.cat([positives, negatives]), enough_positives and len(
+            negatives
+        ) == num_negatives
+
+
+def _join_levels(levels: Sequence[Tensor], last: int | None = None) -> Tensor:
+    """(N, ...) or (N, ..., last) a level -> (N, R) or (N, R, last) over all levels."""
+    shape = (-1,) if last is None else (-1, last)
+    return torch.cat([x.reshape(len(x), *shape) for x in levels], dim=1)
