@@ -1,0 +1,247 @@
+"""RetinaNet with the classification loss as a part.
+
+Letters: N images, L feature levels, A anchors per location, R anchors per image over all levels,
+K foreground classes.
+"""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling.anchor_generator import build_anchor_generator
+from detectron2.modeling.backbone import build_backbone
+from detectron2.modeling.box_regression import Box2BoxTransform, _dense_box_regression_loss
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.meta_arch import META_ARCH_REGISTRY, RetinaNet
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import get_event_storage
+from torch import Tensor
+
+from focal_det.config import check_config, describe
+from focal_det.losses import ClassificationLoss, build_loss
+
+from .head import build_dense_head
+from .normalizer import LossNormalizer, build_normalizer
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+
+# Below Detectron2's logger, whose handlers every Detectron2 script sets up.
+logger = logging.getLogger(f"detectron2.{__name__}")
+
+
+@META_ARCH_REGISTRY.register()
+class FocalRetinaNet(RetinaNet):
+    """RetinaNet (arXiv 1708.02002, section 4) for any classification loss.
+
+    With the default loss it computes what Detectron2's RetinaNet computes: same loss dict, same
+    detections, same parameter names. The loss reads the head's own output through views.
+
+    Args:
+        cls_loss: sums the classification loss of each image; see
+            :class:`focal_det.losses.ClassificationLoss`.
+        normalizer: what both losses are divided by; see
+            :class:`focal_det.modeling.LossNormalizer`.
+        retinanet: the arguments of Detectron2's RetinaNet (``backbone``, ``head``,
+            ``anchor_generator``, ``box2box_transform``, ``anchor_matcher``, ``num_classes``,
+            ``pixel_mean``, ...). Its ``focal_loss_alpha`` and ``focal_loss_gamma`` have no effect:
+            the loss holds its own.
+
+    Raises:
+        TypeError: `cls_loss` or `normalizer` is of another kind.
+    """
+
+    @configurable
+    def __init__(
+        self, *, cls_loss: ClassificationLoss, normalizer: LossNormalizer, **retinanet: Any
+    ) -> None:
+        if not isinstance(cls_loss, ClassificationLoss):
+            raise TypeError(
+                "cls_loss must be a focal_det.losses.ClassificationLoss, "
+                f"got {type(cls_loss).__name__}"
+            )
+        if not isinstance(normalizer, LossNormalizer):
+            raise TypeError(
+                "normalizer must be a focal_det.modeling.LossNormalizer, "
+                f"got {type(normalizer).__name__}"
+            )
+        super().__init__(**retinanet)
+        self.cls_loss = cls_loss
+        self.normalizer = normalizer
+
+    @classmethod
+    def from_config(cls, cfg: "CfgNode") -> dict[str, Any]:
+        """Constructor arguments from a config; checks it and logs what it resolves to.
+
+        Raises:
+            ValueError: a value that is out of range or does not fit another; the key is named.
+        """
+        check_config(cfg)
+        cls_loss, normalizer = build_loss(cfg), build_normalizer(cfg)
+        retinanet = cfg.MODEL.RETINANET
+        # In the order in which Detectron2 builds them, so that a seed gives the same weights.
+        backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
+        feature_shapes = [shapes[name] for name in retinanet.IN_FEATURES]
+        head = build_dense_head(cfg, feature_shapes)
+        anchor_generator = build_anchor_generator(cfg, feature_shapes)
+        logger.info(describe(cfg, cls_loss, anchor_generator.num_cell_anchors[0]))
+        return {
+            "cls_loss": cls_loss,
+            "normalizer": normalizer,
+            "backbone": backbone,
+            "head": head,
+            "head_in_features": retinanet.IN_FEATURES,
+            "anchor_generator": anchor_generator,
+            "box2box_transform": Box2BoxTransform(weights=retinanet.BBOX_REG_WEIGHTS),
+            "anchor_matcher": Matcher(
+                retinanet.IOU_THRESHOLDS, retinanet.IOU_LABELS, allow_low_quality_matches=True
+            ),
+            "num_classes": retinanet.NUM_CLASSES,
+            "smooth_l1_beta": retinanet.SMOOTH_L1_LOSS_BETA,
+            "box_reg_loss_type": retinanet.BBOX_REG_LOSS_TYPE,
+            "test_score_thresh": retinanet.SCORE_THRESH_TEST,
+            "test_topk_candidates": retinanet.TOPK_CANDIDATES_TEST,
+            "test_nms_thresh": retinanet.NMS_THRESH_TEST,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "vis_period": cfg.VIS_PERIOD,
+            "input_format": cfg.INPUT.FORMAT,
+        }
+
+    def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
+        """Normalize, pad and batch the images; in training, check the classes of their boxes.
+
+        Args:
+            batched_inputs: see :meth:`detectron2.modeling.meta_arch.DenseDetector.forward`.
+
+        Raises:
+            ValueError: a class outside ``0..K-1``; the image is named.
+        """
+        if self.training:
+            for item in batched_inputs:
+                self._check_classes(item)
+        return super().preprocess_image(batched_inputs)
+
+    def _check_classes(self, item: dict[str, Any]) -> None:
+        # Before anything moves to a GPU, where the same would be a device assert without a name.
+        classes = item["instances"].gt_classes if "instances" in item else torch.empty(0)
+        wrong = classes[(classes < 0) | (classes >= self.num_classes)]
+        if len(wrong) > 0:
+            image = item.get("file_name", item.get("image_id", "an image without a name"))
+            raise ValueError(
+                f"{image}: gt_classes holds {int(wrong[0])}, allowed is 0..{self.num_classes - 1} "
+                f"(MODEL.RETINANET.NUM_CLASSES = {self.num_classes})"
+            )
+
+    def forward_training(
+        self,
+        images: ImageList,
+        features: list[Tensor],
+        predictions: list[list[Tensor]],
+        gt_instances: list[Instances],
+    ) -> dict[str, Tensor]:
+        """One training step's losses; see :meth:`losses`.
+
+        Args:
+            images: the batch.
+            features: L feature maps, (N, C, Hi, Wi).
+            predictions: the head's two lists of L tensors: logits (N, A x K, Hi, Wi) and box
+                deltas (N, A x 4, Hi, Wi).
+            gt_instances: N entries with ``gt_boxes`` and ``gt_classes``.
+        """
+        logits, deltas = predictions
+        anchors = self.anchor_generator(features)
+        gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
+        return self.losses(
+            anchors,
+            [_view_per_anchor(x, self.num_classes) for x in logits],
+            gt_labels,
+            [_view_per_anchor(x, 4) for x in deltas],
+            gt_boxes,
+        )
+
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """Classification and box loss, each divided by the normalizer.
+
+        Args:
+            anchors: L levels of Hi x Wi x A anchors.
+            pred_logits: L tensors (N, Hi, Wi, A, K), views of any strides; Detectron2's form
+                (N, Hi x Wi x A, K) will do too.
+            gt_labels: N tensors (R,), ``0..K-1`` foreground, ``K`` background, ``-1`` ignored.
+            pred_anchor_deltas: L tensors of the shape of `pred_logits` with 4 in place of K.
+            gt_boxes: N tensors (R, 4), the matched boxes; of use where foreground.
+
+        Returns:
+            ``loss_cls`` and ``loss_box_reg``, 0-d.
+        """
+        labels = torch.stack(gt_labels)  # (N, R)
+        is_foreground = (labels >= 0) & (labels != self.num_classes)
+        num_foreground = is_foreground.sum(dim=1)
+        divisors = self.normalizer(num_foreground, update=torch.is_grad_enabled())  # (N,)
+
+        sizes = [len(level) for level in anchors]
+        level_labels = [
+            level.view(x.shape[:-1])
+            for level, x in zip(labels.split(sizes, dim=1), pred_logits, strict=True)
+        ]
+        boxes = self._decode(anchors, pred_anchor_deltas) if self.cls_loss.needs_boxes else None
+        cls_sums = self.cls_loss.per_image(pred_logits, level_labels, boxes)
+        box_sums = self._box_loss_per_image(anchors, pred_anchor_deltas, gt_boxes, is_foreground)
+
+        # Names without "loss", so that Detectron2's console line stays as short as it was.
+        storage = get_event_storage()
+        storage.put_scalar("num_pos_anchors", num_foreground.float().mean().item())
+        foreground = (cls_sums.foreground / divisors).sum().item()
+        total = (cls_sums.total / divisors).sum()
+        storage.put_scalar("classification/foreground", foreground)
+        storage.put_scalar("classification/background", total.item() - foreground)
+        return {"loss_cls": total, "loss_box_reg": (box_sums / divisors).sum()}
+
+    def _box_loss_per_image(
+        self,
+        anchors: list[Boxes],
+        deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+        is_foreground: Tensor,
+    ) -> Tensor:
+        """Box regression loss of each image's foreground anchors, (N,)."""
+        flat = [x.flatten(1, -2) for x in deltas]  # (N, Hi x Wi x A, 4)
+        return torch.stack(
+            [
+                _dense_box_regression_loss(
+                    anchors,
+                    self.box2box_transform,
+                    [x[i : i + 1] for x in flat],
+                    [gt_boxes[i]],
+                    is_foreground[i : i + 1],
+                    box_reg_loss_type=self.box_reg_loss_type,
+                    smooth_l1_beta=self.smooth_l1_beta,
+                )
+                for i in range(len(gt_boxes))
+            ]
+        )
+
+    @torch.no_grad()
+    def _decode(self, anchors: list[Boxes], deltas: list[Tensor]) -> list[Tensor]:
+        """Predicted boxes, XYXY in absolute pixels, each of the shape of its deltas."""
+        return [
+            self.box2box_transform.apply_deltas(
+                x.reshape(-1, 4), level.tensor.repeat(len(x), 1)
+            ).view(x.shape)
+            for level, x in zip(anchors, deltas, strict=True)
+        ]
+
+
+def _view_per_anchor(predictions: Tensor, last: int) -> Tensor:
+    """(N, A x last, Hi, Wi) -> (N, Hi, Wi, A, last), the order of the anchors, without a copy."""
+    return predictions.unflatten(1, (-1, last)).permute(0, 3, 4, 1, 2)

@@ -1,0 +1,68 @@
+"""Shared parts of the tests: a small detector and images with boxes."""
+
+import os
+
+# Before torch. The tests run side by side, one process a core: threads that wait for each other on
+# a busy core cost ten times the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.structures import Boxes, Instances
+
+import focal_det
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture
+def small_cfg() -> CfgNode:
+    """A RetinaNet small enough for a CPU test: ResNet-18, 32 channels, K = 5, no data sets."""
+    cfg = get_cfg()
+    focal_det.add_config(cfg)
+    cfg.merge_from_file(str(ROOT / "configs" / "Base-FocalRetinaNet.yaml"))
+    cfg.merge_from_list(
+        [
+            "MODEL.DEVICE", "cpu",
+            "MODEL.RESNETS.DEPTH", 18,
+            "MODEL.RESNETS.RES2_OUT_CHANNELS", 64,
+            "MODEL.FPN.OUT_CHANNELS", 32,
+            "MODEL.RETINANET.NUM_CONVS", 1,
+            "MODEL.RETINANET.NUM_CLASSES", 5,
+            "DATASETS.TRAIN", (),
+            "DATASETS.TEST", (),
+        ]
+    )  # fmt: skip
+    return cfg
+
+
+@pytest.fixture
+def make_batch() -> Callable[..., list[dict[str, Any]]]:
+    """A function from box counts to a batch of random images of unequal sizes, K = 5."""
+
+    def make(counts: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
+        generator = torch.Generator().manual_seed(seed)
+        batch = []
+        for index, count in enumerate(counts):
+            height, width = 96 + 32 * index, 160 - 32 * index
+            corners = torch.rand(count, 2, generator=generator) * 60
+            sizes = 16 + torch.rand(count, 2, generator=generator) * 60
+            instances = Instances((height, width))
+            instances.gt_boxes = Boxes(torch.cat([corners, corners + sizes], dim=1))
+            instances.gt_classes = torch.randint(0, 5, (count,), generator=generator)
+            image = torch.rand(3, height, width, generator=generator) * 255
+            batch.append({"image": image, "instances": instances, "file_name": f"{index}.png"})
+        return batch
+
+    return make
