@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 Terms = Callable[[Tensor, bool], tuple[Tensor, Tensor]]
 """(logits, foreground) -> (value, derivative by the logit), all of one shape."""
@@ -103,10 +102,10 @@ class _SumTerms(torch.autograd.Function):
         return total, foreground
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, grad_total: Tensor, grad_foreground: Tensor
     ) -> tuple[Tensor | None, None, None]:
+        _refuse_second_derivative()
         (grad,) = ctx.saved_tensors
         per_image = grad_total.view(-1, *[1] * (grad.dim() - 1))
         return (grad * per_image).to(ctx.dtype), None, None
@@ -122,10 +121,20 @@ class _ElementwiseTerms(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor, None, None]:
+        _refuse_second_derivative()
         (slope,) = ctx.saved_tensors
         return (slope * grad_value).to(ctx.dtype), None, None
+
+
+def _refuse_second_derivative() -> None:
+    # Gradients are on in a backward pass under create_graph=True only. Without this, what is built
+    # on the gradient (a gradient penalty, say) would take it for a constant, and say nothing.
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "focal_det's losses compute their gradient in closed form and have no second "
+            "derivative: create_graph=True is not available"
+        )
 
 
 def _block_terms(terms: Terms, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ y = +1 for the anchor's own class, y = -1 for every other class and for backgrou
 
 import inspect
 import math
+import numbers
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -50,7 +51,7 @@ def check_in_range(
     Raises:
         ValueError: names the argument, its value and the allowed range.
     """
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     inside = is_number and low <= value <= high and not (low_excluded and value == low)
     # Infinity is no usable setting even where the range has no upper end.
     if not inside or math.isinf(value):
@@ -264,7 +265,7 @@ class ElementwiseLoss(ClassificationLoss):
 
     def _set_alpha(self, alpha: float | None) -> None:
         """Check and keep `alpha`; None and negative values mean no weighting."""
-        if alpha is None or (isinstance(alpha, (int, float)) and alpha < 0):
+        if alpha is None or (isinstance(alpha, numbers.Real) and alpha < 0):
             self.alpha = None
         else:
             check_in_range(self, "alpha", alpha, 0.0, 1.0)

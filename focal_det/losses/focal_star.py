@@ -9,7 +9,7 @@ from .registry import LOSS_REGISTRY
 
 @LOSS_REGISTRY.register()
 class FocalLossStar(ElementwiseLoss):
-    """FL* (arXiv 1708.02002, appendix A eqs. 9 and 10, appendix B, Table 3).
+    """FL* (arXiv 1708.02002, appendices A and B, Table 3).
 
         p_t* = sigmoid(gamma x_t + beta)
         FL*  = -alpha_t log(p_t*) / gamma          dFL*/dx = y alpha_t (p_t* - 1)

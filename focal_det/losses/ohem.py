@@ -1,6 +1,7 @@
 """Online hard example mining (OHEM) for one-stage detectors."""
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -46,8 +47,8 @@ class OHEMLoss(ClassificationLoss):
         self, batch_size: int = 128, nms_thresh: float = 0.5, neg_pos_ratio: float = 0.0
     ) -> None:
         super().__init__()
-        if not isinstance(batch_size, int):
-            raise ValueError(f"OHEMLoss: batch_size must be an integer, got {batch_size!r}")
+        if not isinstance(batch_size, (int, numbers.Integral)):
+            raise ValueError(f"OHEMLoss: batch_size must be an integer >= 1, got {batch_size!r}")
         check_in_range(self, "batch_size", batch_size, 1)
         check_in_range(self, "nms_thresh", nms_thresh, 0.0, 1.0)
         check_in_range(self, "neg_pos_ratio", neg_pos_ratio, 0.0)
@@ -76,10 +77,10 @@ class OHEMLoss(ClassificationLoss):
         keep = self.select(
             _join_levels(scores),
             _join_levels(labels),
-            _join_levels(boxes, last=4),
+            _join_levels(boxes, trailing=1),
             logits[0].shape[-1],
         )
-        sizes = [y[0].numel() for y in labels]
+        sizes = [y.shape[1:].numel() for y in labels]
         kept_labels = [
             y.where(k.view(y.shape), -1)
             for y, k in zip(labels, keep.split(sizes, dim=1), strict=True)
@@ -105,7 +106,7 @@ class OHEMLoss(ClassificationLoss):
             kept = self._select_one(
                 scores[image, valid],
                 labels[image, valid] < num_classes,
-                boxes[image, valid].float(),
+                boxes[image, valid].to(scores.dtype),
             )
             keep[image, valid[kept]] = True
         return keep
@@ -146,7 +147,6 @@ class OHEMLoss(ClassificationLoss):
         ) == num_negatives
 
 
-def _join_levels(levels: Sequence[Tensor], last: int | None = None) -> Tensor:
-    """(N, ...) or (N, ..., last) a level -> (N, R) or (N, R, last) over all levels."""
-    shape = (-1,) if last is None else (-1, last)
-    return torch.cat([x.reshape(len(x), *shape) for x in levels], dim=1)
+def _join_levels(levels: Sequence[Tensor], trailing: int = 0) -> Tensor:
+    """(N, ..., *trailing dimensions) a level -> (N, R, *trailing dimensions) over all levels."""
+    return torch.cat([x.flatten(1, x.dim() - 1 - trailing) for x in levels], dim=1)
