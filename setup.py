@@ -36,6 +36,7 @@ setup(
             "hydra-core>=1.1",
             "iopath>=0.1.9",
             "matplotlib",
+            "opencv-python-headless",
             "packaging",
             "pillow",
             "setuptools<82",

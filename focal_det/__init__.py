@@ -7,7 +7,6 @@
 >>> cfg.MODEL.META_ARCHITECTURE = "FocalRetinaNet"
 """
 
-import importlib.util
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,9 +15,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["__version__", "add_config"]
 
-# The package stays importable without Detectron2, so that `python -m focal_det.doctor` can say
-# how to get it and so that the losses can be used alone.
-if importlib.util.find_spec("detectron2") is not None:
+_import_error: ImportError | None = None
+try:
     # Detectron2 first: while it is imported it may run `focal_det.env` (DETECTRON2_ENV_MODULE),
     # which needs modules of ours that must not be half-imported at that moment.
     import detectron2  # noqa: F401
@@ -26,6 +24,10 @@ if importlib.util.find_spec("detectron2") is not None:
     from . import data, modeling  # noqa: F401  only registration
 
     data.register_all()
+except ImportError as error:
+    # Kept for add_config: the losses work alone, and `python -m focal_det.doctor` must run where
+    # something is missing, to say what.
+    _import_error = error
 
 
 def add_config(cfg: "CfgNode") -> None:
@@ -38,8 +40,14 @@ def add_config(cfg: "CfgNode") -> None:
         cfg: a Detectron2 config that is not frozen; changed in place.
 
     Raises:
+        ImportError: Detectron2, or something that it needs, is missing or does not fit.
         TypeError: a registered loss has a constructor argument that no config key can hold.
     """
+    if _import_error is not None:
+        raise ImportError(
+            f"focal_det cannot work with this installation ({_import_error}); "
+            "`python -m focal_det.doctor` says what is missing and how to get it"
+        ) from _import_error
     from .config import add_config as add
 
     add(cfg)

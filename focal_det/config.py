@@ -68,6 +68,11 @@ def default_keys() -> dict[str, Any]:
     return keys
 
 
+def detectron2_default(key: str) -> Any:
+    """Detectron2's own default of a full key, None where it has no such key."""
+    return _get(DETECTRON2_DEFAULTS, key)
+
+
 def describe(cfg: CfgNode, cls_loss: ClassificationLoss, num_anchors: int) -> str:
     """One line with what the config resolves to: loss, normalizer, prior, K and A."""
     retinanet, normalizer = cfg.MODEL.RETINANET, cfg.MODEL.FOCAL_DET.NORMALIZER
@@ -122,7 +127,7 @@ def _ignored_keys(cfg: CfgNode) -> list[str]:
     warnings = []
     for name, loss in LOSS_REGISTRY:
         for key in loss.config_keys().values():
-            default = defaults.get(key, _get(DETECTRON2_DEFAULTS, key))
+            default = defaults.get(key, detectron2_default(key))
             value = _get(cfg, key, default)
             if key not in read and value != default:
                 warnings.append(

@@ -178,33 +178,20 @@ assert detectron2.__version__ and focal_det.__version__
     run("-c", code, **environment)
 
 
-PLUGIN = """
-from focal_det.losses import LOSS_REGISTRY, ElementwiseLoss
-
-@LOSS_REGISTRY.register()
-class MarginLoss(ElementwiseLoss):
-    def __init__(self, margin=1.0):
-        super().__init__()
-        self.margin = margin
-
-    def value(self, x_t, foreground):
-        return (self.margin - x_t).relu()
-"""
-
-
 @pytest.mark.parametrize("door", ["stock", "ours"])
-def test_a_users_loss_is_selected_and_configured_from_the_command_line(shapes, tmp_path, door):
-    plugin = tmp_path / "margin_loss.py"
-    plugin.write_text(PLUGIN)
+def test_the_readmes_own_loss_is_selected_and_configured(shapes, tmp_path, door):
+    plugin = tmp_path / "poly_focal.py"
+    readme = (ROOT / "README.md").read_text()
+    plugin.write_text(readme.split("<!-- own-loss -->\n```python\n")[1].split("```")[0])
     environment = {"DETECTRON2_ENV_MODULE": "focal_det.env"} if door == "stock" else {}
     _, output = run(
         stock_script() if door == "stock" else OURS,
         "--config-file", ROOT / "configs" / "Base-FocalRetinaNet.yaml", *TINY,
-        "OUTPUT_DIR", tmp_path / "out", "MODEL.FOCAL_DET.LOSS.NAME", "MarginLoss",
-        "MODEL.FOCAL_DET.MARGIN_LOSS.MARGIN", "0.25",
+        "OUTPUT_DIR", tmp_path / "out", "MODEL.FOCAL_DET.LOSS.NAME", "PolyFocalLoss",
+        "MODEL.FOCAL_DET.POLY_FOCAL_LOSS.EPSILON", "0.5",
         FOCAL_DET_PLUGINS=str(plugin), **environment,
     )  # fmt: skip
-    assert "MarginLoss(margin=0.25)" in output
+    assert "PolyFocalLoss(gamma=2.0, epsilon=0.5)" in output
 
 
 def test_missing_plugin_is_named(tmp_path):

@@ -1,0 +1,108 @@
+"""What the README tells a reader to type works: its blocks are parsed, run or merged here.
+
+`make demo` itself is run by the demo's own test, training by test_entry_points.py.
+"""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from detectron2.config import LazyConfig, get_cfg
+
+import focal_det
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", " ")
+COMMANDS = [line.split("  #")[0].strip() for line in SHELL.splitlines()]
+COMMANDS = [line for line in COMMANDS if line and not line.startswith("#")]
+TRAININGS = [line for line in COMMANDS if "train_net.py" in line]
+
+
+def test_every_command_is_of_a_kind_that_is_tested():
+    known = ("make demo", "make test", "export FOCAL_DET_DATASETS=", "python -m focal_det.data")
+    others = [line for line in COMMANDS if line not in TRAININGS and not line.startswith(known)]
+    assert others == []
+    assert len(TRAININGS) >= 8
+
+
+@pytest.mark.parametrize("command", TRAININGS)
+def test_training_command_names_a_config_and_keys_that_exist(command, tmp_path, monkeypatch):
+    words = shlex.split(command)
+    while "=" in words[0]:  # environment variables
+        words.pop(0)
+    assert words.pop(0) == "python"
+    assert words.pop(0) in ("tools/train_net.py", "$D2/tools/train_net.py")
+    if words[0] == "--num-gpus":
+        assert int(words[1]) > 0
+        words = words[2:]
+    assert words.pop(0) == "--config-file"
+    config, options = ROOT / words[0], words[1:]
+    if config.suffix == ".py":
+        LazyConfig.apply_overrides(LazyConfig.load(str(config)), options)
+        return
+    cfg = get_cfg()
+    focal_det.add_config(cfg)
+    cfg.merge_from_file(str(config))
+    cfg.merge_from_list([word for word in options if not is_plugin_key(options, word)])
+
+
+def is_plugin_key(options, word):
+    """The README's own loss is registered in a process of its own, by test_entry_points.py."""
+    key = "MODEL.FOCAL_DET.POLY_FOCAL_LOSS.EPSILON"
+    return key in options and word in (key, options[options.index(key) + 1])
+
+
+def test_library_block_runs(monkeypatch):
+    (block,) = [block for block in PYTHON if "# 3. a library" in block]
+    monkeypatch.chdir(ROOT)
+    scope = {}
+    exec(block, scope)
+    assert type(scope["model"]).__name__ == "FocalRetinaNet"
+    assert type(scope["model"].cls_loss).__name__ == "OHEMLoss"
+
+
+def test_a_loss_of_your_own_takes_at_most_15_lines():
+    (block,) = [block for block in PYTHON if "class " in block]
+    (loss,) = [node for node in ast.parse(block).body if isinstance(node, ast.ClassDef)]
+    assert loss.end_lineno - loss.decorator_list[0].lineno + 1 <= 15
+
+
+@pytest.mark.parametrize("module", ["focal_det.data.digits_clutter", "focal_det.doctor"])
+def test_modules_that_are_named_run(module):
+    assert f"python -m {module}" in README
+    arguments = ["--help"] if "data" in module else []
+    result = subprocess.run(
+        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_table_of_losses_is_up_to_date():
+    result = subprocess.run(
+        [sys.executable, ROOT / "tools" / "docs.py", "--check"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_make_targets_exist():
+    for target in re.findall(r"make (\w+)", README):
+        result = subprocess.run(
+            ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+
+
+def test_links_and_paths_lead_somewhere():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    paths = re.findall(r"`((?:configs|tools|docs)/[\w./-]+)`", README)
+    for path in [*links, *paths]:
+        assert (ROOT / path).exists(), path
