@@ -1,5 +1,6 @@
 """The dense detector: meta-architecture, head and loss normalizers."""
 
+from .backbone import build_slim_resnet_fpn_backbone
 from .head import DENSE_HEAD_REGISTRY, FocalRetinaNetHead, build_dense_head
 from .normalizer import (
     NORMALIZER_REGISTRY,
@@ -22,4 +23,5 @@ __all__ = [
     "LossNormalizer",
     "build_dense_head",
     "build_normalizer",
+    "build_slim_resnet_fpn_backbone",
 ]
