@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
@@ -69,6 +68,8 @@ def _is_complete(root: Path, spec: DigitsClutterSpec) -> bool:
 @contextlib.contextmanager
 def _exclusive(path: Path) -> Iterator[None]:
     """Holds the lock file at path. The kernel frees it when the process ends, however it ends."""
+    import fcntl  # absent on Windows, where the rest of the package works
+
     with open(path, "w", encoding="ascii") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
