@@ -18,13 +18,14 @@ install: $(INSTALLED)
 
 $(INSTALLED): requirements/torch.txt requirements/base.txt requirements/detectron2.txt \
 		requirements/digits.txt requirements/dev.txt setup.py pyproject.toml
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(RUN) -m pip --version || $(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install --disable-pip-version-check -r requirements/torch.txt \
 		-r requirements/base.txt -r requirements/dev.txt
 	$(RUN) -m pip install --disable-pip-version-check --no-deps -r requirements/digits.txt
-	$(RUN) -c "import detectron2" 2>/dev/null || $(RUN) -m pip install \
-		--disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.10 \
-		--require-hashes -r requirements/detectron2.txt \
+	$(RUN) -m pip install --disable-pip-version-check --upgrade --no-deps --only-binary=:all: \
+		--python-version 3.10 --require-hashes -r requirements/detectron2.txt \
 		--target "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	$(RUN) -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["__version__", "add_config"]
 
-_import_error: ImportError | None = None
+_import_error: Exception | None = None
 try:
     # Detectron2 first: while it is imported it may run `focal_det.env` (DETECTRON2_ENV_MODULE),
     # which needs modules of ours that must not be half-imported at that moment.
@@ -24,9 +24,9 @@ try:
     from . import data, modeling  # noqa: F401  only registration
 
     data.register_all()
-except ImportError as error:
+except Exception as error:
     # Kept for add_config: the losses work alone, and `python -m focal_det.doctor` must run where
-    # something is missing, to say what.
+    # something is missing or does not fit, to say what.
     _import_error = error
 
 
@@ -40,13 +40,14 @@ def add_config(cfg: "CfgNode") -> None:
         cfg: a Detectron2 config that is not frozen; changed in place.
 
     Raises:
-        ImportError: Detectron2, or something that it needs, is missing or does not fit.
+        ImportError: Detectron2, or something that it needs, is missing or does not fit; or an
+            environment variable that focal_det reads is wrong.
         TypeError: a registered loss has a constructor argument that no config key can hold.
     """
     if _import_error is not None:
         raise ImportError(
-            f"focal_det cannot work with this installation ({_import_error}); "
-            "`python -m focal_det.doctor` says what is missing and how to get it"
+            f"focal_det could not be set up: {_import_error} (`python -m focal_det.doctor` says "
+            "what is missing or does not fit, and how to mend it)"
         ) from _import_error
     from .config import add_config as add
 

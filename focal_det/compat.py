@@ -1,6 +1,7 @@
 """Everything that bends Detectron2, each with the condition under which it can go."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -25,3 +26,25 @@ def allow_ddp_on_cpu() -> None:
         return create(model, **kwargs)
 
     defaults.create_ddp_model = create_ddp_model
+
+
+def check_before_building(check: Callable[[Any], None]) -> None:
+    """Have ``DefaultTrainer.build_model(cfg)`` call ``check(cfg)`` first.
+
+    Detectron2's own scripts have no other moment between the finished config and the data at which
+    it is certain that this is a training or an evaluation: a bare ``build_model`` may be for
+    anything. Can go once they have a hook there.
+    """
+    from detectron2.engine import DefaultTrainer
+
+    build = DefaultTrainer.build_model
+    if hasattr(build, "__wrapped__"):
+        return
+
+    @functools.wraps(build.__func__)
+    def build_model(cls: type[DefaultTrainer], cfg: Any) -> nn.Module:
+        check(cfg)
+        model: nn.Module = build.__func__(cls, cfg)
+        return model
+
+    DefaultTrainer.build_model = classmethod(build_model)

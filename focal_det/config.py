@@ -1,19 +1,26 @@
 """Config keys of focal_det and the checks of a config before any data is read."""
 
+import copy
 import inspect
 import logging
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.config.defaults import _C as DETECTRON2_DEFAULTS
+from detectron2.utils.logger import log_first_n
+from torch import nn
 
+from .compat import allow_ddp_on_cpu, check_before_building
 from .data import dataset_classes
-from .losses import LOSS_REGISTRY, ClassificationLoss
+from .losses import LOSS_REGISTRY
+from .losses.contract import config_keys
+from .losses.registry import get_key
 from .plugins import load_plugins
 
 # Below Detectron2's logger, whose handlers every Detectron2 script sets up.
 logger = logging.getLogger(f"detectron2.{__name__}")
 
+META_ARCHITECTURE = "FocalRetinaNet"
 RECIPE_BATCH, RECIPE_LR = 16, 0.01  # arXiv 1708.02002, section 4.1
 LR_TOLERANCE = 2.0
 
@@ -21,15 +28,24 @@ LR_TOLERANCE = 2.0
 def add_config(cfg: CfgNode) -> None:
     """See :func:`focal_det.add_config`."""
     load_plugins()
+    allow_ddp_on_cpu()
+    check_before_building(check_training)
     for key, default in default_keys().items():
         node = cfg
         *path, leaf = key.split(".")
         for part in path:
             if part not in node:
+                _refuse_frozen(cfg, key)
                 node[part] = CfgNode()
             node = node[part]
         if leaf not in node:
-            node[leaf] = default
+            _refuse_frozen(cfg, key)
+            node[leaf] = copy.deepcopy(default)
+
+
+def _refuse_frozen(cfg: CfgNode, key: str) -> None:
+    if cfg.is_frozen():
+        raise ValueError(f"the config is frozen, {key} cannot be added: call add_config before")
 
 
 def default_keys() -> dict[str, Any]:
@@ -39,6 +55,7 @@ def default_keys() -> dict[str, Any]:
 
     Raises:
         TypeError: a constructor argument of a registered loss that no config key can hold.
+        ValueError: two losses claim one key with different defaults.
     """
     keys: dict[str, Any] = {
         # A name in focal_det.modeling.DENSE_HEAD_REGISTRY.
@@ -54,10 +71,15 @@ def default_keys() -> dict[str, Any]:
     }
     for name, loss in LOSS_REGISTRY:
         parameters = inspect.signature(loss).parameters
-        for argument, key in loss.config_keys().items():
+        for argument, key in config_keys(loss).items():
             if not key.startswith("MODEL.FOCAL_DET."):
                 continue
             default = parameters[argument].default
+            if keys.get(key, default) != default:
+                raise ValueError(
+                    f"{key} has two defaults, {keys[key]!r} and {default!r} (of {name}): give the "
+                    "loss a config_node of its own"
+                )
             if not isinstance(default, (int, float, str, bool, tuple, list, type(None))):
                 raise TypeError(
                     f"argument {argument!r} of {name} needs a default that a config can hold "
@@ -70,65 +92,97 @@ def default_keys() -> dict[str, Any]:
 
 def detectron2_default(key: str) -> Any:
     """Detectron2's own default of a full key, None where it has no such key."""
-    return _get(DETECTRON2_DEFAULTS, key)
+    return get_key(DETECTRON2_DEFAULTS, key)
 
 
-def describe(cfg: CfgNode, cls_loss: ClassificationLoss, num_anchors: int) -> str:
-    """One line with what the config resolves to: loss, normalizer, prior, K and A."""
-    retinanet, normalizer = cfg.MODEL.RETINANET, cfg.MODEL.FOCAL_DET.NORMALIZER
-    arguments = cls_loss.extra_repr()
+def describe(
+    cls_loss: nn.Module, normalizer: str, prior_prob: float, num_classes: int, num_anchors: int
+) -> str:
+    """One line with what a config resolves to: loss, normalizer, prior, K and A."""
     return (
-        f"{type(cls_loss).__name__}({arguments}), normalizer {normalizer.NAME}, "
-        f"prior {retinanet.PRIOR_PROB:g}, K={retinanet.NUM_CLASSES}, A={num_anchors}"
+        f"{type(cls_loss).__name__}({cls_loss.extra_repr()}), normalizer {normalizer}, "
+        f"prior {prior_prob:g}, K={num_classes}, A={num_anchors}"
     )
 
 
-def check_config(cfg: CfgNode) -> None:
-    """Check what can be checked before data is read; warn of keys that have no effect.
+def check_model(cfg: CfgNode) -> None:
+    """Check a config that a FocalRetinaNet is about to be built from; warn of keys without effect.
 
     Args:
-        cfg: the config that a model is about to be built from.
+        cfg: the config.
 
     Raises:
-        ValueError: the keys of focal_det are missing, or ``MODEL.RETINANET.NUM_CLASSES`` is not
-            the number of classes of a data set. Key, value and what is allowed are named.
+        ValueError: the keys of focal_det are missing.
     """
     if "FOCAL_DET" not in cfg.MODEL:
         raise ValueError(
             "the config has no MODEL.FOCAL_DET: call focal_det.add_config(cfg) before merging "
             "files and options, or set DETECTRON2_ENV_MODULE=focal_det.env"
         )
-    _check_num_classes(cfg)
-    for warning in [*_ignored_keys(cfg), *_learning_rate(cfg)]:
+    for warning in ignored_keys(cfg):
+        # A process may build several models from one config.
+        log_first_n(logging.WARNING, warning, name=logger.name, key="message")
+
+
+def check_training(cfg: CfgNode) -> None:
+    """Check a config that is about to be trained or evaluated, before any data is read.
+
+    Args:
+        cfg: the config.
+
+    Raises:
+        ValueError: ``MODEL.RETINANET.NUM_CLASSES`` is not the number of classes of a data set. Key,
+            value and what is allowed are named.
+    """
+    if cfg.MODEL.META_ARCHITECTURE != META_ARCHITECTURE:
+        ours = [key for key, value in default_keys().items() if get_key(cfg, key, value) != value]
+        if ours:
+            logger.warning(
+                f"{', '.join(ours)} set, but without effect: MODEL.META_ARCHITECTURE is "
+                f"{cfg.MODEL.META_ARCHITECTURE!r}, not {META_ARCHITECTURE!r}"
+            )
+        return
+    for split in ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[split]:
+            check_num_classes(cfg.MODEL.RETINANET.NUM_CLASSES, name, split)
+    warning = unusual_learning_rate(cfg)
+    if warning:
         logger.warning(warning)
 
 
-def _check_num_classes(cfg: CfgNode) -> None:
-    num_classes = cfg.MODEL.RETINANET.NUM_CLASSES
-    for key in ("TRAIN", "TEST"):
-        for name in cfg.DATASETS[key]:
-            classes = dataset_classes(name)
-            if classes is not None and len(classes) != num_classes:
-                shown = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
-                raise ValueError(
-                    f"MODEL.RETINANET.NUM_CLASSES is {num_classes}, but {name!r} "
-                    f"(DATASETS.{key}) has {len(classes)} classes ({shown}). Add "
-                    f"MODEL.RETINANET.NUM_CLASSES {len(classes)}; background is not counted"
-                )
+def check_num_classes(num_classes: int, dataset: str, split: str) -> None:
+    """Check the number of classes of a model against those of a data set.
+
+    Args:
+        num_classes: K, foreground classes.
+        dataset: name of a registered data set.
+        split: TRAIN or TEST, for the message.
+
+    Raises:
+        ValueError: they differ.
+    """
+    classes = dataset_classes(dataset)
+    if classes is not None and len(classes) != num_classes:
+        shown = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+        raise ValueError(
+            f"MODEL.RETINANET.NUM_CLASSES (in a LazyConfig: model.num_classes) is {num_classes}, "
+            f"but {dataset!r} (DATASETS.{split}) has {len(classes)} classes ({shown}). It must be "
+            f"{len(classes)}; background is not counted"
+        )
 
 
-def _ignored_keys(cfg: CfgNode) -> list[str]:
+def ignored_keys(cfg: CfgNode) -> list[str]:
     """Warnings for keys that are set to something else than their default and that nobody reads."""
     chosen = cfg.MODEL.FOCAL_DET.LOSS.NAME
     if chosen not in LOSS_REGISTRY:
         return []  # build_loss has the better message
-    read = set(LOSS_REGISTRY.get(chosen).config_keys().values())
+    read = set(config_keys(LOSS_REGISTRY.get(chosen)).values())
     defaults = default_keys()
     warnings = []
     for name, loss in LOSS_REGISTRY:
-        for key in loss.config_keys().values():
+        for key in config_keys(loss).values():
             default = defaults.get(key, detectron2_default(key))
-            value = _get(cfg, key, default)
+            value = get_key(cfg, key, default)
             if key not in read and value != default:
                 warnings.append(
                     f"{key} is set to {value!r} but has no effect: it belongs to {name}, and "
@@ -147,24 +201,15 @@ def _ignored_keys(cfg: CfgNode) -> list[str]:
     return warnings
 
 
-def _learning_rate(cfg: CfgNode) -> list[str]:
+def unusual_learning_rate(cfg: CfgNode) -> str:
     """A warning where the rate is far from the recipe that pretrained weights are tuned by."""
     if not cfg.MODEL.WEIGHTS:
-        return []
+        return ""
     batch, rate = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR
     expected = RECIPE_LR * batch / RECIPE_BATCH
     if expected / LR_TOLERANCE <= rate <= expected * LR_TOLERANCE:
-        return []
-    return [
+        return ""
+    return (
         f"SOLVER.BASE_LR is {rate:g} for SOLVER.IMS_PER_BATCH {batch} (the total over all GPUs); "
         f"the paper's {RECIPE_LR:g} for {RECIPE_BATCH} scales to {expected:g}"
-    ]
-
-
-def _get(cfg: CfgNode, key: str, absent: Any = None) -> Any:
-    node: Any = cfg
-    for part in key.split("."):
-        if part not in node:
-            return absent
-        node = node[part]
-    return node
+    )

@@ -6,18 +6,23 @@ Exit status 0 if training can start, 1 if something must be mended first.
 import importlib
 import os
 import platform
+import shlex
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import NamedTuple
 
-PIP = f"{os.path.basename(sys.executable)} -m pip install"
+PYTHON = shlex.quote(sys.executable)
+PIP = f"{PYTHON} -m pip install"
 TORCH_PAIR = f"{PIP} torch==2.14.1 torchvision==0.29.1"
 DETECTRON2 = (
-    f"{PIP} --no-deps --only-binary=:all: --python-version 3.10 --require-hashes "
+    f"{PIP} --upgrade --no-deps --only-binary=:all: --python-version 3.10 --require-hashes "
     "-r requirements/detectron2.txt --target "
-    """"$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')\""""
+    f"{shlex.quote(sysconfig.get_path('purelib'))}"
 )
+# Detectron2 0.6 uses a name that Pillow 10 dropped.
+PILLOW = f"{PIP} 'pillow<10'"
 DEPENDENCIES = (
     "fvcore", "iopath", "omegaconf", "hydra", "yacs", "pycocotools", "matplotlib", "termcolor",
     "tabulate", "cloudpickle", "tqdm", "tensorboard", "packaging", "PIL", "numpy", "cv2",
@@ -75,7 +80,7 @@ def _torch() -> Iterator[Finding]:
 def _detectron2() -> Iterator[Finding]:
     try:
         import detectron2
-    except ImportError as error:
+    except Exception as error:
         yield Finding("detectron2", f"not importable: {error}", DETECTRON2)
         return
     folder = os.path.dirname(detectron2.__file__ or "")
@@ -88,8 +93,9 @@ def _detectron2() -> Iterator[Finding]:
     try:
         importlib.import_module("focal_det.modeling")
         yield Finding("focal_det", "imports, FocalRetinaNet is registered")
-    except ImportError as error:
-        yield Finding("focal_det", f"does not fit this Detectron2: {error}", DETECTRON2)
+    except Exception as error:
+        remedy = PILLOW if "LINEAR" in str(error) else DETECTRON2
+        yield Finding("focal_det", f"does not fit this Detectron2: {error}", remedy)
 
 
 def _dependencies() -> Iterator[Finding]:
@@ -120,17 +126,6 @@ def _known_traps() -> Iterator[Finding]:
             required=False,
         )
     try:
-        from PIL import Image
-
-        # Detectron2 0.6 uses a name that Pillow 10 dropped.
-        source = importlib.import_module("detectron2.data.transforms.transform").__file__ or ""
-        with open(source) as file:
-            uses_linear = "Image.LINEAR" in file.read()
-        if uses_linear and not hasattr(Image, "LINEAR"):
-            yield Finding("pillow", "too new for this Detectron2", f"{PIP} 'pillow<10'")
-    except (ImportError, AttributeError):
-        pass  # reported above
-    try:
         metadata.version("mlxtend")
     except metadata.PackageNotFoundError:
         yield Finding(
@@ -142,13 +137,22 @@ def _known_traps() -> Iterator[Finding]:
 
 
 def _environment() -> Iterator[Finding]:
-    for name in (
-        "DETECTRON2_ENV_MODULE",
-        "DETECTRON2_DATASETS",
-        "FOCAL_DET_DATASETS",
-        "FOCAL_DET_PLUGINS",
-    ):
+    for name in ("DETECTRON2_ENV_MODULE", "DETECTRON2_DATASETS"):
         yield Finding(name, os.environ.get(name, "not set"))
+    readers = {
+        "FOCAL_DET_DATASETS": ("focal_det.data", "register_from_env"),
+        "FOCAL_DET_PLUGINS": ("focal_det.plugins", "load_plugins"),
+    }
+    for name, (module, function) in readers.items():
+        value = os.environ.get(name, "")
+        if not value:
+            yield Finding(name, "not set")
+            continue
+        try:
+            getattr(importlib.import_module(module), function)()
+            yield Finding(name, value)
+        except Exception as error:
+            yield Finding(name, str(error), f"mend or unset {name}")
 
 
 def main() -> int:

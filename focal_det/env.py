@@ -15,11 +15,9 @@ def setup_environment() -> None:
     from detectron2.config.defaults import _C
 
     from focal_det import modeling  # noqa: F401  only registration
-    from focal_det.compat import allow_ddp_on_cpu
     from focal_det.config import add_config
     from focal_det.data import register_all
 
-    allow_ddp_on_cpu()
     register_all()
     # get_cfg() clones this node, and an unmodified script has no other place to learn of new keys.
     add_config(_C)

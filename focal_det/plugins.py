@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -15,24 +16,27 @@ def load_plugins(names: str | None = None) -> None:
             variable ``FOCAL_DET_PLUGINS`` if None.
 
     Raises:
-        ImportError: an entry that cannot be found; it is named.
+        ImportError: an entry that cannot be found or that fails; it is named.
     """
     if names is None:
         names = os.environ.get("FOCAL_DET_PLUGINS", "")
-    for entry in names.split(","):
-        entry = entry.strip()
-        if entry.endswith(".py"):
-            _load_file(Path(entry))
-        elif entry:
-            importlib.import_module(entry)
+    for entry in filter(None, (part.strip() for part in names.split(","))):
+        try:
+            if entry.endswith(".py"):
+                _load_file(Path(entry).expanduser().resolve())
+            else:
+                importlib.import_module(entry)
+        except Exception as error:
+            raise ImportError(f"FOCAL_DET_PLUGINS: {entry!r}: {error}") from error
 
 
 def _load_file(path: Path) -> None:
-    name = f"focal_det_plugin_{path.stem}"
+    # By its full path: two files of one name are two plugins.
+    name = "focal_det_plugin_" + re.sub(r"\W", "_", str(path))
     if name in sys.modules:
         return
     if not path.is_file():
-        raise ImportError(f"FOCAL_DET_PLUGINS names {str(path)!r}, which is not a file")
+        raise ImportError(f"{path} is not a file")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None

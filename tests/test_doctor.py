@@ -36,6 +36,15 @@ def without(monkeypatch):
     return remove
 
 
+@pytest.mark.parametrize("variable", ["FOCAL_DET_DATASETS", "FOCAL_DET_PLUGINS"])
+def test_a_wrong_environment_variable_is_named(monkeypatch, capsys, variable):
+    monkeypatch.setenv(variable, "nowhere:a.json:b" if "DATA" in variable else "nowhere.py")
+    assert doctor.main() == 1
+    output = capsys.readouterr().out
+    assert f"mend or unset {variable}" in output
+    assert "nowhere" in output
+
+
 @pytest.mark.parametrize(
     ("module", "remedy"),
     [

@@ -150,13 +150,54 @@ model.head.conv_dims = [32]
         "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
         "dataloader.test.mapper.augmentations.0.short_edge_length=64",
     ]  # fmt: skip
-    run(OURS, "--config-file", config, *overrides)
+    _, output = run(OURS, "--config-file", config, *overrides)
+    assert "FocalLoss(alpha=0.25, gamma=1.0), normalizer EMANormalizer, prior 0.01, K=2" in output
     record = last_metrics(tmp_path / "out")
     assert np.isfinite(record["total_loss"])
     assert "bbox/AP50" in record
     checkpoint = f"train.init_checkpoint={tmp_path}/out/model_final.pth"
     _, output = run(OURS, "--config-file", config, "--eval-only", *overrides, checkpoint)
     assert "copypaste: AP,AP50,AP75,APs,APm,APl" in output
+
+
+def test_a_lazy_config_with_another_class_count_stops(shapes):
+    config = ROOT / "configs" / "lazy" / "focal_retinanet_R_50_FPN_1x.py"
+    names = [f"dataloader.{split}.dataset.names=shapes_train" for split in ("train", "test")]
+    code, output = run(
+        OURS, "--config-file", config, *names, "train.output_dir=''", "model.num_classes=7",
+        check=False,
+    )  # fmt: skip
+    assert code != 0
+    assert "(in a LazyConfig: model.num_classes) is 7, but 'shapes_train'" in output
+
+
+LIBRARY = """
+import focal_det
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultTrainer, launch
+
+def main(config, options):
+    cfg = get_cfg()
+    focal_det.add_config(cfg)
+    cfg.merge_from_file(config)
+    cfg.merge_from_list(options)
+    cfg.DATASETS.TEST = ()
+    trainer = DefaultTrainer(cfg)
+    trainer.resume_or_load()
+    trainer.train()
+
+if __name__ == "__main__":
+    import sys
+    launch(main, 2, dist_url="auto", args=(sys.argv[1], sys.argv[2:]))
+"""
+
+
+def test_two_processes_of_a_users_own_script_train(shapes, tmp_path):
+    script = tmp_path / "own.py"
+    script.write_text(LIBRARY)
+    config = ROOT / "configs" / "Base-FocalRetinaNet.yaml"
+    run(script, config, *TINY, "OUTPUT_DIR", tmp_path / "out", "SOLVER.IMS_PER_BATCH", 4)
+    assert np.isfinite(last_metrics(tmp_path / "out")["total_loss"])
 
 
 @pytest.mark.parametrize("order", [("detectron2", "focal_det"), ("focal_det", "detectron2")])
@@ -199,7 +240,9 @@ def test_missing_plugin_is_named(tmp_path):
         "-c", "import focal_det, detectron2.config as c; focal_det.add_config(c.get_cfg())",
         check=False, FOCAL_DET_PLUGINS=f"{tmp_path}/nowhere.py",
     )  # fmt: skip
-    assert f"FOCAL_DET_PLUGINS names '{tmp_path}/nowhere.py', which is not a file" in output
+    assert (
+        f"FOCAL_DET_PLUGINS: '{tmp_path}/nowhere.py': {tmp_path}/nowhere.py is not a file" in output
+    )
 
 
 @pytest.mark.parametrize(
@@ -208,7 +251,11 @@ def test_missing_plugin_is_named(tmp_path):
         (["MODEL.FOCAL_DET.LOSS.NAME", "FocalLos"], "'FocalLos', which is not one of: Balanced"),
         (["MODEL.RETINANET.FOCAL_LOSS_ALPHA", "1.5"], "alpha must be in [0, 1], got 1.5"),
         (["MODEL.RETINANET.FOCAL_LOSS_GAMMA", "-1.0"], "gamma must be >= 0, got -1.0"),
-        (["MODEL.RETINANET.NUM_CLASSES", "3"], "NUM_CLASSES is 3, but 'shapes_train'"),
+        (
+            ["MODEL.FOCAL_DET.LOSS.NAME", "FocalLossStar", "MODEL.FOCAL_DET.FL_STAR.GAMMA", "0.0"],
+            "gamma must be > 0, got 0.0",
+        ),
+        (["MODEL.RETINANET.NUM_CLASSES", "3"], "is 3, but 'shapes_train'"),
     ],
 )
 def test_bad_values_stop_before_data_is_read(shapes, tmp_path, options, message):
@@ -216,8 +263,9 @@ def test_bad_values_stop_before_data_is_read(shapes, tmp_path, options, message)
     for image in shapes.glob("*.png"):
         image.write_bytes(b"no image")
     code, output = run(
-        OURS, "--config-file", ROOT / "configs" / "Base-FocalRetinaNet.yaml", *TINY,
+        stock_script(), "--config-file", ROOT / "configs" / "Base-FocalRetinaNet.yaml", *TINY,
         "OUTPUT_DIR", tmp_path / "out", *options, check=False,
+        DETECTRON2_ENV_MODULE="focal_det.env",
     )  # fmt: skip
     assert code != 0
     assert message in output

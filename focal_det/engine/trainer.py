@@ -1,6 +1,7 @@
 """Detectron2's trainers with the evaluators and checks of focal_det."""
 
 import argparse
+import logging
 import os
 from typing import Any
 
@@ -26,13 +27,15 @@ from detectron2.evaluation import (
     verify_results,
 )
 from detectron2.utils import comm
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from focal_det.compat import allow_ddp_on_cpu
-from focal_det.config import add_config
+from focal_det.config import add_config, check_num_classes, describe
+from focal_det.modeling import FocalRetinaNet
+from focal_det.plugins import load_plugins
 
-allow_ddp_on_cpu()
+logger = logging.getLogger(f"detectron2.{__name__}")
 
 
 def build_evaluator(dataset_name: str, output_folder: str) -> DatasetEvaluator:
@@ -108,14 +111,37 @@ def run_lazy(args: argparse.Namespace) -> Any:
     Returns:
         The evaluation results by metric, None without an evaluator.
     """
+    load_plugins()
+    allow_ddp_on_cpu()
     cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
     default_setup(cfg, args)
+    _check_lazy(cfg)
     model = instantiate(cfg.model).to(cfg.train.device)
+    if isinstance(model, FocalRetinaNet):
+        logger.info(_describe_lazy(model))
     if args.eval_only:
         model = defaults.create_ddp_model(model)
         DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
         return _evaluate_lazy(cfg, model)
     return _train_lazy(cfg, model, resume=args.resume)
+
+
+def _check_lazy(cfg: DictConfig) -> None:
+    """What `check_training` does for a YAML config."""
+    num_classes = OmegaConf.select(cfg, "model.num_classes")
+    for split in ("train", "test"):
+        names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names")
+        if num_classes is None or names is None:
+            continue
+        for name in [names] if isinstance(names, str) else names:
+            check_num_classes(num_classes, name, split.upper())
+
+
+def _describe_lazy(model: FocalRetinaNet) -> str:
+    prior = model.head.cls_score.bias.detach().sigmoid().mean().item()
+    num_anchors = model.anchor_generator.num_cell_anchors[0]
+    normalizer = type(model.normalizer).__name__
+    return describe(model.cls_loss, normalizer, prior, model.num_classes, num_anchors)
 
 
 def _train_lazy(cfg: DictConfig, model: nn.Module, resume: bool) -> Any:
@@ -125,7 +151,13 @@ def _train_lazy(cfg: DictConfig, model: nn.Module, resume: bool) -> Any:
     model = defaults.create_ddp_model(model, **cfg.train.ddp)
     trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
     checkpointer = DetectionCheckpointer(model, cfg.train.output_dir, trainer=trainer)
-    evaluation = hooks.EvalHook(cfg.train.eval_period, lambda: _evaluate_lazy(cfg, model))
+    latest: dict[str, Any] = {}
+
+    def evaluate() -> Any:
+        latest["results"] = _evaluate_lazy(cfg, model)
+        return latest["results"]
+
+    evaluation = hooks.EvalHook(cfg.train.eval_period, evaluate)
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
@@ -147,7 +179,7 @@ def _train_lazy(cfg: DictConfig, model: nn.Module, resume: bool) -> Any:
     # A checkpoint holds the iteration that was finished last.
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     trainer.train(start, cfg.train.max_iter)
-    return getattr(evaluation, "_last_eval_results", None)
+    return latest.get("results")
 
 
 def _evaluate_lazy(cfg: DictConfig, model: nn.Module) -> Any:

@@ -26,10 +26,11 @@ class LossSums(NamedTuple):
     Attributes:
         total: (N,), differentiable.
         foreground: (N,), the part of `total` from terms with y = +1; for reports, no gradient.
+            None where a loss cannot tell.
     """
 
     total: Tensor
-    foreground: Tensor
+    foreground: Tensor | None
 
 
 def sum_terms(terms: Terms, logits: Tensor, labels: Tensor) -> LossSums:

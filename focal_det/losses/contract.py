@@ -13,7 +13,7 @@ import numbers
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +21,17 @@ from torch import Tensor, nn
 from focal_det.kernels import LossSums, elementwise_terms, sum_terms
 
 if TYPE_CHECKING:
-    from detectron2.config import CfgNode
+    pass
 
-__all__ = ["ClassificationLoss", "ElementwiseLoss", "LossSums", "check_in_range"]
-
-
-class ValueAndSlope(NamedTuple):
-    """A loss per term and its derivative by x_t, both of the shape of x_t."""
-
-    value: Tensor
-    slope: Tensor
+__all__ = [
+    "ClassificationLoss",
+    "ElementwiseLoss",
+    "LossSums",
+    "PlainLoss",
+    "as_classification_loss",
+    "check_in_range",
+    "config_keys",
+]
 
 
 def check_in_range(
@@ -56,7 +57,12 @@ def check_in_range(
     # Infinity is no usable setting even where the range has no upper end.
     if not inside or math.isinf(value):
         bound = ">" if low_excluded else ">="
-        allowed = f"{bound} {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}]"
+        if math.isinf(low):
+            allowed = "a finite number"
+        elif math.isinf(high):
+            allowed = f"finite and {bound} {low:g}" if value == math.inf else f"{bound} {low:g}"
+        else:
+            allowed = f"in [{low:g}, {high:g}]"
         raise ValueError(f"{type(owner).__name__}: {name} must be {allowed}, got {value!r}")
 
 
@@ -98,6 +104,30 @@ def check_inputs(logits: Tensor, labels: Tensor, boxes: Tensor | None = None) ->
             )
 
 
+def config_keys(loss: type[nn.Module]) -> dict[str, str]:
+    """Full config key of each constructor argument of a loss, in the order of the signature.
+
+    Args:
+        loss: a class in ``LOSS_REGISTRY``. One that has a ``config_keys`` of its own says them;
+            else they are ``MODEL.FOCAL_DET.<NODE>.<ARGUMENT>``, where the node is the class's own
+            ``config_node`` or, without one, its name in upper snake case.
+    """
+    if issubclass(loss, ClassificationLoss):
+        return loss.config_keys()
+    return _derived_keys(loss)
+
+
+def _derived_keys(loss: type[nn.Module]) -> dict[str, str]:
+    boundary = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
+    # Not inherited: a subclass with other defaults must not change its parent's keys.
+    node = vars(loss).get("config_node") or re.sub(boundary, "_", loss.__name__).upper()
+    return {
+        name: f"MODEL.FOCAL_DET.{node}.{name.upper()}"
+        for name, parameter in inspect.signature(loss).parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
+
+
 class ClassificationLoss(nn.Module, ABC):
     """Base of every loss in ``LOSS_REGISTRY``: a sum over anchors, never normalised.
 
@@ -106,12 +136,13 @@ class ClassificationLoss(nn.Module, ABC):
     ``MODEL.FOCAL_DET.<config_node>.<ARGUMENT>``, and the defaults are those of the signature.
     """
 
-    needs_boxes: ClassVar[bool] = False
+    needs_boxes: bool = False
     """Whether :meth:`per_image` wants the predicted boxes, which cost a decoding."""
 
     config_node: ClassVar[str] = ""
     """Node under ``MODEL.FOCAL_DET``; empty for the class name in upper snake case."""
 
+    @torch.jit.unused  # so that a detector that holds a loss can be scripted for deployment
     def forward(self, logits: Tensor, labels: Tensor, boxes: Tensor | None = None) -> Tensor:
         """Sum of the loss over all anchors that are not ignored.
 
@@ -130,7 +161,7 @@ class ClassificationLoss(nn.Module, ABC):
             ValueError: shapes that do not fit each other, or a label outside ``-1..K``.
         """
         check_inputs(logits, labels, boxes)
-        if labels.dim() < 2:  # one image
+        while labels.dim() < 2:  # one image, or one anchor of it
             logits, labels = logits.unsqueeze(0), labels.unsqueeze(0)
             boxes = None if boxes is None else boxes.unsqueeze(0)
         return self.per_image([logits], [labels], None if boxes is None else [boxes]).total.sum()
@@ -156,26 +187,7 @@ class ClassificationLoss(nn.Module, ABC):
     @classmethod
     def config_keys(cls) -> dict[str, str]:
         """Full config key of each constructor argument, in the order of the signature."""
-        boundary = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
-        node = cls.config_node or re.sub(boundary, "_", cls.__name__).upper()
-        return {
-            name: f"MODEL.FOCAL_DET.{node}.{name.upper()}"
-            for name, parameter in inspect.signature(cls).parameters.items()
-            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        }
-
-    @classmethod
-    def from_config(cls, cfg: "CfgNode") -> dict[str, Any]:
-        """Constructor arguments read from `cfg`; one whose key is absent keeps its default."""
-        arguments = {}
-        for name, key in cls.config_keys().items():
-            node = cfg
-            *path, leaf = key.split(".")
-            for part in path:
-                node = node.get(part, {})
-            if leaf in node:
-                arguments[name] = node[leaf]
-        return arguments
+        return _derived_keys(cls)
 
     def extra_repr(self) -> str:
         """The constructor arguments that are kept under their own name."""
@@ -192,7 +204,8 @@ class ElementwiseLoss(ClassificationLoss):
     """
 
     alpha: float | None = None
-    """Weight of the foreground terms, ``1 - alpha`` of the background ones; None for 1 and 1."""
+    """Weight of the foreground terms, ``1 - alpha`` of the background ones; None or negative for no
+    weighting."""
 
     def value(self, x_t: Tensor, foreground: bool) -> Tensor:
         """Loss per term, without the alpha weight.
@@ -218,6 +231,8 @@ class ElementwiseLoss(ClassificationLoss):
         with torch.enable_grad():
             x_t = x_t.detach().requires_grad_()
             value = self.value(x_t, foreground)
+            if not value.requires_grad:  # constant, such as no loss at all for one side
+                return value, torch.zeros_like(value)
             (slope,) = torch.autograd.grad(value.sum(), x_t)
         return value.detach(), slope
 
@@ -233,7 +248,7 @@ class ElementwiseLoss(ClassificationLoss):
         """
         value, slope = self.value_and_slope(logits if foreground else -logits, foreground)
         weight = 1.0
-        if self.alpha is not None:
+        if self.alpha is not None and self.alpha >= 0:
             weight = self.alpha if foreground else 1.0 - self.alpha
         sign = 1.0 if foreground else -1.0
         return value * weight, slope * (weight * sign)
@@ -270,3 +285,43 @@ class ElementwiseLoss(ClassificationLoss):
         else:
             check_in_range(self, "alpha", alpha, 0.0, 1.0)
             self.alpha = float(alpha)
+
+
+class PlainLoss(ClassificationLoss):
+    """A loss that is any module called as ``loss(logits, labels)``, for one image at a time.
+
+    Args:
+        loss: returns the sum over anchors, 0-d, for logits (R, K) and labels (R,). With a true
+            attribute ``needs_boxes`` it gets ``boxes`` (R, 4) too.
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+        self.needs_boxes = bool(getattr(loss, "needs_boxes", False))
+
+    def per_image(
+        self,
+        logits: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        boxes: Sequence[Tensor] | None = None,
+    ) -> LossSums:
+        """See :meth:`ClassificationLoss.per_image`; the share of the foreground is not known."""
+        joined = {"logits": join_levels(logits, trailing=1), "labels": join_levels(labels)}
+        if self.needs_boxes and boxes is not None:
+            joined["boxes"] = join_levels(boxes, trailing=1)
+        sums = []
+        for image in range(len(labels[0])):
+            arguments = {name: x[image] for name, x in joined.items()}
+            sums.append(self.loss(arguments.pop("logits"), arguments.pop("labels"), **arguments))
+        return LossSums(torch.stack(sums), None)
+
+
+def as_classification_loss(loss: nn.Module) -> ClassificationLoss:
+    """`loss` itself, or wrapped where it is a module that knows only ``loss(logits, labels)``."""
+    return loss if isinstance(loss, ClassificationLoss) else PlainLoss(loss)
+
+
+def join_levels(levels: Sequence[Tensor], trailing: int = 0) -> Tensor:
+    """(N, ..., *trailing dimensions) a level -> (N, R, *trailing dimensions) over all levels."""
+    return torch.cat([x.flatten(1, x.dim() - 1 - trailing) for x in levels], dim=1)

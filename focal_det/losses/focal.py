@@ -34,10 +34,11 @@ class FocalLoss(ElementwiseLoss):
     @classmethod
     def config_keys(cls) -> dict[str, str]:
         """Detectron2's own keys, so that a config for its RetinaNet means the same here."""
-        return {
+        detectron2 = {
             "alpha": "MODEL.RETINANET.FOCAL_LOSS_ALPHA",
             "gamma": "MODEL.RETINANET.FOCAL_LOSS_GAMMA",
         }
+        return {name: detectron2.get(name, key) for name, key in super().config_keys().items()}
 
     def value_and_slope(self, x_t: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
         """FL and its derivative by x_t, each of the shape of `x_t`, without alpha_t."""

@@ -10,7 +10,7 @@ from torchvision.ops import nms
 
 from focal_det.kernels import LossSums, sum_terms_per_anchor
 
-from .contract import ClassificationLoss, check_in_range
+from .contract import ClassificationLoss, check_in_range, join_levels
 from .cross_entropy import CrossEntropyLoss
 from .registry import LOSS_REGISTRY
 
@@ -47,7 +47,7 @@ class OHEMLoss(ClassificationLoss):
         self, batch_size: int = 128, nms_thresh: float = 0.5, neg_pos_ratio: float = 0.0
     ) -> None:
         super().__init__()
-        if not isinstance(batch_size, (int, numbers.Integral)):
+        if not _is_integer(batch_size):
             raise ValueError(f"OHEMLoss: batch_size must be an integer >= 1, got {batch_size!r}")
         check_in_range(self, "batch_size", batch_size, 1)
         check_in_range(self, "nms_thresh", nms_thresh, 0.0, 1.0)
@@ -75,9 +75,9 @@ class OHEMLoss(ClassificationLoss):
             for x, y in zip(logits, labels, strict=True)
         ]
         keep = self.select(
-            _join_levels(scores),
-            _join_levels(labels),
-            _join_levels(boxes, trailing=1),
+            join_levels(scores),
+            join_levels(labels),
+            join_levels(boxes, trailing=1),
             logits[0].shape[-1],
         )
         sizes = [y.shape[1:].numel() for y in labels]
@@ -147,6 +147,5 @@ class OHEMLoss(ClassificationLoss):
         ) == num_negatives
 
 
-def _join_levels(levels: Sequence[Tensor], trailing: int = 0) -> Tensor:
-    """(N, ..., *trailing dimensions) a level -> (N, R, *trailing dimensions) over all levels."""
-    return torch.cat([x.flatten(1, x.dim() - 1 - trailing) for x in levels], dim=1)
+def _is_integer(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -1,10 +1,11 @@
 """The losses by name."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fvcore.common.registry import Registry
+from torch import nn
 
-from .contract import ClassificationLoss
+from .contract import config_keys
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -16,7 +17,7 @@ arguments become config keys (see :class:`focal_det.losses.ClassificationLoss`).
 """
 
 
-def build_loss(cfg: "CfgNode") -> ClassificationLoss:
+def build_loss(cfg: "CfgNode") -> nn.Module:
     """Build the loss that ``MODEL.FOCAL_DET.LOSS.NAME`` names.
 
     Args:
@@ -34,8 +35,30 @@ def build_loss(cfg: "CfgNode") -> ClassificationLoss:
         valid = ", ".join(sorted(key for key, _ in LOSS_REGISTRY))
         raise ValueError(f"MODEL.FOCAL_DET.LOSS.NAME is {name!r}, which is not one of: {valid}")
     loss_class = LOSS_REGISTRY.get(name)
+    keys = config_keys(loss_class)
+    # An argument without a key (a loss registered after add_config) keeps its default.
+    absent = object()
+    values = {argument: get_key(cfg, key, absent) for argument, key in keys.items()}
     try:
-        return loss_class(**loss_class.from_config(cfg))
+        loss: nn.Module = loss_class(
+            **{argument: value for argument, value in values.items() if value is not absent}
+        )
     except ValueError as error:
-        keys = ", ".join(loss_class.config_keys().values())
-        raise ValueError(f"{error}. {name} is configured by {keys}") from error
+        raise ValueError(f"{error}. {name} is configured by {', '.join(keys.values())}") from error
+    return loss
+
+
+def get_key(cfg: "CfgNode", key: str, absent: Any = None) -> Any:
+    """The value of a full key such as ``MODEL.FOCAL_DET.LOSS.NAME``.
+
+    Args:
+        cfg: any config.
+        key: names joined by dots.
+        absent: what to return where there is no such key.
+    """
+    node: Any = cfg
+    for part in key.split("."):
+        if part not in node:
+            return absent
+        node = node[part]
+    return node

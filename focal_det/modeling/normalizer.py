@@ -61,13 +61,15 @@ class LossNormalizer(nn.Module, ABC):
         self.sync = sync
         self.register_buffer("value", torch.tensor(float(start)))
 
+    @torch.jit.unused  # so that a detector that holds one can be scripted for deployment
     @torch.no_grad()
     def forward(self, num_foreground: Tensor, update: bool = True) -> Tensor:
         """Divisors for the losses of each image.
 
         Args:
             num_foreground: (N,) integers, anchors assigned to an object in each image.
-            update: whether this is a training step; else the state stays as it was.
+            update: whether this is a training step; else the state stays as it was, and this
+                worker counts alone: the others may not be there to count with.
 
         Returns:
             (N,) float32, > 0. The loss of the batch is ``sum_i loss_i / divisor_i``, which the
@@ -81,7 +83,7 @@ class LossNormalizer(nn.Module, ABC):
             ]
         )
         num_workers = 1
-        if self.sync and comm.get_world_size() > 1:
+        if self.sync and update and comm.get_world_size() > 1:
             torch.distributed.all_reduce(counts)
             num_workers = comm.get_world_size()
         value = self.next_value(*counts)
@@ -125,7 +127,8 @@ class EMANormalizer(LossNormalizer):
 
         value <- 0.9 value + 0.1 max(sum_i n_i, 1),  starting at 100
 
-    It steadies the step where a batch holds few images.
+    It steadies the step where a batch holds few images. Counted over W workers, 100 stands for all
+    of them, where Detectron2 starts each at 100; some 30 steps later nothing is left of that.
     """
 
     def __init__(self, sync: bool = True) -> None:

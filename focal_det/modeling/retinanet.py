@@ -16,10 +16,11 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch import META_ARCH_REGISTRY, RetinaNet
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
-from torch import Tensor
+from torch import Tensor, nn
 
-from focal_det.config import check_config, describe
-from focal_det.losses import ClassificationLoss, build_loss
+from focal_det.config import check_model, describe
+from focal_det.losses import build_loss
+from focal_det.losses.contract import as_classification_loss
 
 from .head import build_dense_head
 from .normalizer import LossNormalizer, build_normalizer
@@ -40,13 +41,14 @@ class FocalRetinaNet(RetinaNet):
 
     Args:
         cls_loss: sums the classification loss of each image; see
-            :class:`focal_det.losses.ClassificationLoss`.
+            :class:`focal_det.losses.ClassificationLoss`. Any other module is called with the
+            logits (R, K) and labels (R,) of one image at a time.
         normalizer: what both losses are divided by; see
             :class:`focal_det.modeling.LossNormalizer`.
         retinanet: the arguments of Detectron2's RetinaNet (``backbone``, ``head``,
             ``anchor_generator``, ``box2box_transform``, ``anchor_matcher``, ``num_classes``,
-            ``pixel_mean``, ...). Its ``focal_loss_alpha`` and ``focal_loss_gamma`` have no effect:
-            the loss holds its own.
+            ``pixel_mean``, ...). Its ``focal_loss_alpha`` and ``focal_loss_gamma`` are kept as
+            attributes, for tools that read them, and have no effect: the loss holds its own.
 
     Raises:
         TypeError: `cls_loss` or `normalizer` is of another kind.
@@ -54,20 +56,17 @@ class FocalRetinaNet(RetinaNet):
 
     @configurable
     def __init__(
-        self, *, cls_loss: ClassificationLoss, normalizer: LossNormalizer, **retinanet: Any
+        self, *, cls_loss: nn.Module, normalizer: LossNormalizer, **retinanet: Any
     ) -> None:
-        if not isinstance(cls_loss, ClassificationLoss):
-            raise TypeError(
-                "cls_loss must be a focal_det.losses.ClassificationLoss, "
-                f"got {type(cls_loss).__name__}"
-            )
+        if not isinstance(cls_loss, nn.Module):
+            raise TypeError(f"cls_loss must be an nn.Module, got {type(cls_loss).__name__}")
         if not isinstance(normalizer, LossNormalizer):
             raise TypeError(
                 "normalizer must be a focal_det.modeling.LossNormalizer, "
                 f"got {type(normalizer).__name__}"
             )
         super().__init__(**retinanet)
-        self.cls_loss = cls_loss
+        self.cls_loss = as_classification_loss(cls_loss)
         self.normalizer = normalizer
 
     @classmethod
@@ -77,7 +76,7 @@ class FocalRetinaNet(RetinaNet):
         Raises:
             ValueError: a value that is out of range or does not fit another; the key is named.
         """
-        check_config(cfg)
+        check_model(cfg)
         cls_loss, normalizer = build_loss(cfg), build_normalizer(cfg)
         retinanet = cfg.MODEL.RETINANET
         # In the order in which Detectron2 builds them, so that a seed gives the same weights.
@@ -86,7 +85,15 @@ class FocalRetinaNet(RetinaNet):
         feature_shapes = [shapes[name] for name in retinanet.IN_FEATURES]
         head = build_dense_head(cfg, feature_shapes)
         anchor_generator = build_anchor_generator(cfg, feature_shapes)
-        logger.info(describe(cfg, cls_loss, anchor_generator.num_cell_anchors[0]))
+        logger.info(
+            describe(
+                cls_loss,
+                cfg.MODEL.FOCAL_DET.NORMALIZER.NAME,
+                retinanet.PRIOR_PROB,
+                retinanet.NUM_CLASSES,
+                anchor_generator.num_cell_anchors[0],
+            )
+        )
         return {
             "cls_loss": cls_loss,
             "normalizer": normalizer,
@@ -99,6 +106,8 @@ class FocalRetinaNet(RetinaNet):
                 retinanet.IOU_THRESHOLDS, retinanet.IOU_LABELS, allow_low_quality_matches=True
             ),
             "num_classes": retinanet.NUM_CLASSES,
+            "focal_loss_alpha": retinanet.FOCAL_LOSS_ALPHA,
+            "focal_loss_gamma": retinanet.FOCAL_LOSS_GAMMA,
             "smooth_l1_beta": retinanet.SMOOTH_L1_LOSS_BETA,
             "box_reg_loss_type": retinanet.BBOX_REG_LOSS_TYPE,
             "test_score_thresh": retinanet.SCORE_THRESH_TEST,
@@ -110,31 +119,6 @@ class FocalRetinaNet(RetinaNet):
             "vis_period": cfg.VIS_PERIOD,
             "input_format": cfg.INPUT.FORMAT,
         }
-
-    def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
-        """Normalize, pad and batch the images; in training, check the classes of their boxes.
-
-        Args:
-            batched_inputs: see :meth:`detectron2.modeling.meta_arch.DenseDetector.forward`.
-
-        Raises:
-            ValueError: a class outside ``0..K-1``; the image is named.
-        """
-        if self.training:
-            for item in batched_inputs:
-                self._check_classes(item)
-        return super().preprocess_image(batched_inputs)
-
-    def _check_classes(self, item: dict[str, Any]) -> None:
-        # Before anything moves to a GPU, where the same would be a device assert without a name.
-        classes = item["instances"].gt_classes if "instances" in item else torch.empty(0)
-        wrong = classes[(classes < 0) | (classes >= self.num_classes)]
-        if len(wrong) > 0:
-            image = item.get("file_name", item.get("image_id", "an image without a name"))
-            raise ValueError(
-                f"{image}: gt_classes holds {int(wrong[0])}, allowed is 0..{self.num_classes - 1} "
-                f"(MODEL.RETINANET.NUM_CLASSES = {self.num_classes})"
-            )
 
     def forward_training(
         self,
@@ -151,7 +135,11 @@ class FocalRetinaNet(RetinaNet):
             predictions: the head's two lists of L tensors: logits (N, A x K, Hi, Wi) and box
                 deltas (N, A x 4, Hi, Wi).
             gt_instances: N entries with ``gt_boxes`` and ``gt_classes``.
+
+        Raises:
+            ValueError: a class outside ``0..K-1``.
         """
+        self._check_classes(gt_instances)
         logits, deltas = predictions
         anchors = self.anchor_generator(features)
         gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
@@ -162,6 +150,15 @@ class FocalRetinaNet(RetinaNet):
             [_view_per_anchor(x, 4) for x in deltas],
             gt_boxes,
         )
+
+    def _check_classes(self, gt_instances: list[Instances]) -> None:
+        classes = torch.cat([instances.gt_classes for instances in gt_instances])
+        wrong = classes[(classes < 0) | (classes >= self.num_classes)]
+        if len(wrong) > 0:
+            raise ValueError(
+                f"gt_classes holds {int(wrong[0])}, allowed is 0..{self.num_classes - 1} "
+                f"(MODEL.RETINANET.NUM_CLASSES = {self.num_classes}; background is not counted)"
+            )
 
     def losses(
         self,
@@ -198,14 +195,18 @@ class FocalRetinaNet(RetinaNet):
         cls_sums = self.cls_loss.per_image(pred_logits, level_labels, boxes)
         box_sums = self._box_loss_per_image(anchors, pred_anchor_deltas, gt_boxes, is_foreground)
 
+        loss_cls = (cls_sums.total / divisors).sum()
         # Names without "loss", so that Detectron2's console line stays as short as it was.
+        scalars = {"num_pos_anchors": num_foreground.float().mean()}
+        if cls_sums.foreground is not None:
+            foreground = (cls_sums.foreground / divisors).sum()
+            scalars["classification/foreground"] = foreground
+            scalars["classification/background"] = loss_cls.detach() - foreground
         storage = get_event_storage()
-        storage.put_scalar("num_pos_anchors", num_foreground.float().mean().item())
-        foreground = (cls_sums.foreground / divisors).sum().item()
-        total = (cls_sums.total / divisors).sum()
-        storage.put_scalar("classification/foreground", foreground)
-        storage.put_scalar("classification/background", total.item() - foreground)
-        return {"loss_cls": total, "loss_box_reg": (box_sums / divisors).sum()}
+        values = torch.stack([value.float() for value in scalars.values()]).tolist()  # one sync
+        for name, value in zip(scalars, values, strict=True):
+            storage.put_scalar(name, value)
+        return {"loss_cls": loss_cls, "loss_box_reg": (box_sums / divisors).sum()}
 
     def _box_loss_per_image(
         self,

@@ -6,7 +6,8 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from focal_det.losses import LOSS_REGISTRY, ElementwiseLoss, FocalLoss
+import focal_det
+from focal_det.losses import LOSS_REGISTRY, ElementwiseLoss, FocalLoss, OHEMLoss
 from focal_det.losses.contract import ClassificationLoss
 from focal_det.modeling import BatchNormalizer, FocalRetinaNet
 from focal_det.modeling.retinanet import _view_per_anchor
@@ -103,20 +104,83 @@ def test_any_classification_loss_can_be_injected(small_cfg, make_batch):
     torch.testing.assert_close(doubled["loss_cls"], 2 * plain["loss_cls"])
 
 
+def test_a_plain_module_is_a_loss_too(small_cfg, make_batch):
+    """Anything called as loss(logits, labels) will do; it sees one image at a time."""
+
+    class Plain(nn.Module):
+        def forward(self, logits, labels):
+            assert logits.dim() == 2
+            return FocalLoss()(logits, labels)
+
+    class PlainWithBoxes(nn.Module):
+        needs_boxes = True
+
+        def forward(self, logits, labels, boxes):
+            return OHEMLoss()(logits, labels, boxes)
+
+    arguments = {**FocalRetinaNet.from_config(small_cfg), "normalizer": BatchNormalizer()}
+    batch = make_batch((3, 2))
+    for plain, known in ((Plain(), FocalLoss()), (PlainWithBoxes(), OHEMLoss())):
+        results = [
+            train_step(FocalRetinaNet(**{**arguments, "cls_loss": loss}), batch)
+            for loss in (plain, known)
+        ]
+        torch.testing.assert_close(results[0][0], results[1][0])
+        assert "classification/foreground" not in results[0][1]
+
+
+def test_a_plain_module_can_be_registered(small_cfg):
+    @LOSS_REGISTRY.register()
+    class PlainHinge(nn.Module):
+        def __init__(self, margin=1.0):
+            super().__init__()
+            self.margin = margin
+
+        def forward(self, logits, labels):
+            return (self.margin - logits).relu().sum()
+
+    try:
+        focal_det.add_config(small_cfg)
+        small_cfg.MODEL.FOCAL_DET.LOSS.NAME = "PlainHinge"
+        small_cfg.MODEL.FOCAL_DET.PLAIN_HINGE.MARGIN = 0.5
+        assert build_model(small_cfg).cls_loss.loss.margin == 0.5
+    finally:
+        LOSS_REGISTRY._obj_map.pop("PlainHinge")
+
+
+def test_scripted_for_deployment_it_detects_what_the_built_in_does(small_cfg, make_batch):
+    from detectron2.export import scripting_with_instances
+    from detectron2.structures import Boxes
+
+    fields = {"pred_boxes": Boxes, "scores": torch.Tensor, "pred_classes": torch.Tensor}
+    batch = [{"image": make_batch((1,))[0]["image"]}]
+    results = []
+    for name in ("RetinaNet", "FocalRetinaNet"):
+        small_cfg.MODEL.META_ARCHITECTURE = name
+        torch.manual_seed(0)
+        scripted = scripting_with_instances(build_model(small_cfg).eval(), fields)
+        with torch.no_grad():
+            results.append(scripted(batch)[0])
+    expected, found = results
+    assert len(expected.scores) > 0
+    assert torch.equal(found.scores, expected.scores)
+    assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+
+
 def test_wrong_parts_are_refused(small_cfg):
     arguments = FocalRetinaNet.from_config(small_cfg)
-    with pytest.raises(TypeError, match=r"cls_loss must be .*ClassificationLoss, got ReLU"):
-        FocalRetinaNet(**{**arguments, "cls_loss": nn.ReLU()})
+    with pytest.raises(TypeError, match=r"cls_loss must be an nn\.Module, got function"):
+        FocalRetinaNet(**{**arguments, "cls_loss": nn.functional.cross_entropy})
     with pytest.raises(TypeError, match=r"normalizer must be .*LossNormalizer, got float"):
         FocalRetinaNet(**{**arguments, "normalizer": 100.0})
 
 
 @pytest.mark.parametrize("wrong", [5, -1])
-def test_class_out_of_range_names_the_image(small_cfg, make_batch, wrong):
+def test_class_out_of_range_is_refused(small_cfg, make_batch, wrong):
     batch = make_batch((3, 2))
     batch[1]["instances"].gt_classes[0] = wrong
     model = build_model(small_cfg)
-    with pytest.raises(ValueError, match=rf"1\.png: gt_classes holds {wrong}, allowed is 0\.\.4"):
+    with pytest.raises(ValueError, match=rf"gt_classes holds {wrong}, allowed is 0\.\.4"):
         train_step(model, batch)
 
 
