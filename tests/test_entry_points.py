@@ -160,12 +160,12 @@ model.head.conv_dims = [32]
     assert "copypaste: AP,AP50,AP75,APs,APm,APl" in output
 
 
-def test_a_lazy_config_with_another_class_count_stops(shapes):
+def test_a_lazy_config_with_another_class_count_stops(shapes, tmp_path):
     config = ROOT / "configs" / "lazy" / "focal_retinanet_R_50_FPN_1x.py"
     names = [f"dataloader.{split}.dataset.names=shapes_train" for split in ("train", "test")]
     code, output = run(
-        OURS, "--config-file", config, *names, "train.output_dir=''", "model.num_classes=7",
-        check=False,
+        OURS, "--config-file", config, *names, f"train.output_dir={tmp_path}/out",
+        "model.num_classes=7", check=False,
     )  # fmt: skip
     assert code != 0
     assert "(in a LazyConfig: model.num_classes) is 7, but 'shapes_train'" in output
