@@ -30,22 +30,17 @@ def add_config(cfg: CfgNode) -> None:
     load_plugins()
     allow_ddp_on_cpu()
     check_before_building(check_training)
+    absent = object()
     for key, default in default_keys().items():
+        if get_key(cfg, key, absent) is not absent:
+            continue
+        if cfg.is_frozen():
+            raise ValueError(f"the config is frozen, {key} cannot be added: call add_config before")
         node = cfg
         *path, leaf = key.split(".")
         for part in path:
-            if part not in node:
-                _refuse_frozen(cfg, key)
-                node[part] = CfgNode()
-            node = node[part]
-        if leaf not in node:
-            _refuse_frozen(cfg, key)
-            node[leaf] = copy.deepcopy(default)
-
-
-def _refuse_frozen(cfg: CfgNode, key: str) -> None:
-    if cfg.is_frozen():
-        raise ValueError(f"the config is frozen, {key} cannot be added: call add_config before")
+            node = node.setdefault(part, CfgNode())
+        node[leaf] = copy.deepcopy(default)
 
 
 def default_keys() -> dict[str, Any]:

@@ -30,11 +30,7 @@ def build_loss(cfg: "CfgNode") -> nn.Module:
         ValueError: an unknown name (the valid ones are listed), or a value out of range (its
             config key is named).
     """
-    name = cfg.MODEL.FOCAL_DET.LOSS.NAME
-    if name not in LOSS_REGISTRY:
-        valid = ", ".join(sorted(key for key, _ in LOSS_REGISTRY))
-        raise ValueError(f"MODEL.FOCAL_DET.LOSS.NAME is {name!r}, which is not one of: {valid}")
-    loss_class = LOSS_REGISTRY.get(name)
+    loss_class = find_registered(LOSS_REGISTRY, cfg, "MODEL.FOCAL_DET.LOSS.NAME")
     keys = config_keys(loss_class)
     # An argument without a key (a loss registered after add_config) keeps its default.
     absent = object()
@@ -44,8 +40,28 @@ def build_loss(cfg: "CfgNode") -> nn.Module:
             **{argument: value for argument, value in values.items() if value is not absent}
         )
     except ValueError as error:
-        raise ValueError(f"{error}. {name} is configured by {', '.join(keys.values())}") from error
+        raise ValueError(
+            f"{error}. {loss_class.__name__} is configured by {', '.join(keys.values())}"
+        ) from error
     return loss
+
+
+def find_registered(registry: Registry, cfg: "CfgNode", key: str) -> Any:
+    """What a registry holds under the name that a config key gives.
+
+    Args:
+        registry: names to classes.
+        cfg: any config.
+        key: full key whose value is the name.
+
+    Raises:
+        ValueError: an unknown name; the key, the name and the valid ones are listed.
+    """
+    name = get_key(cfg, key)
+    if name not in registry:
+        valid = ", ".join(sorted(known for known, _ in registry))
+        raise ValueError(f"{key} is {name!r}, which is not one of: {valid}")
+    return registry.get(name)
 
 
 def get_key(cfg: "CfgNode", key: str, absent: Any = None) -> Any:

@@ -8,6 +8,8 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from fvcore.common.registry import Registry
 from torch import nn
 
+from focal_det.losses.registry import find_registered
+
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
@@ -28,11 +30,8 @@ def build_dense_head(cfg: "CfgNode", input_shape: list[ShapeSpec]) -> nn.Module:
     Raises:
         ValueError: an unknown name (the valid ones are listed).
     """
-    name = cfg.MODEL.FOCAL_DET.HEAD.NAME
-    if name not in DENSE_HEAD_REGISTRY:
-        valid = ", ".join(sorted(key for key, _ in DENSE_HEAD_REGISTRY))
-        raise ValueError(f"MODEL.FOCAL_DET.HEAD.NAME is {name!r}, which is not one of: {valid}")
-    return DENSE_HEAD_REGISTRY.get(name)(cfg, input_shape)
+    head = find_registered(DENSE_HEAD_REGISTRY, cfg, "MODEL.FOCAL_DET.HEAD.NAME")
+    return head(cfg, input_shape)
 
 
 @DENSE_HEAD_REGISTRY.register()
