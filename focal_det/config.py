@@ -58,6 +58,9 @@ def default_keys() -> dict[str, Any]:
         # A name in focal_det.losses.LOSS_REGISTRY. FocalLoss reads its alpha and gamma from
         # MODEL.RETINANET.FOCAL_LOSS_ALPHA and FOCAL_LOSS_GAMMA.
         "MODEL.FOCAL_DET.LOSS.NAME": "FocalLoss",
+        # How the classification loss is computed: "torch" (any device), "triton" (CUDA), "eager"
+        # (slow, with second derivatives) or "auto", the fastest that can be had.
+        "MODEL.FOCAL_DET.IMPL": "auto",
         # What the losses are divided by: "ema" (Detectron2's moving average), "batch" or "image"
         # (the paper's).
         "MODEL.FOCAL_DET.NORMALIZER.NAME": "ema",

@@ -70,7 +70,7 @@ def test_a_saved_config_loads_again(small_cfg, tmp_path):
 def test_every_key_is_read_by_something():
     """No dead key: the names, the normalizer's two, and what the losses' constructors take."""
     read = {key for _, loss in LOSS_REGISTRY for key in config_keys(loss).values()}
-    names = {"HEAD.NAME", "LOSS.NAME", "NORMALIZER.NAME", "NORMALIZER.SYNC"}
+    names = {"HEAD.NAME", "IMPL", "LOSS.NAME", "NORMALIZER.NAME", "NORMALIZER.SYNC"}
     assert set(default_keys()) - read == {f"MODEL.FOCAL_DET.{name}" for name in names}
 
 

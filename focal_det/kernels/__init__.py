@@ -1,5 +1,20 @@
 """Fused value-and-gradient operations over all terms of a dense detector's classification."""
 
-from .terms import LossSums, Terms, elementwise_terms, sum_terms, sum_terms_per_anchor
+from .sums import (
+    IMPLEMENTATIONS,
+    check_implementation,
+    elementwise_terms,
+    sum_terms,
+    sum_terms_per_anchor,
+)
+from .terms import LossSums, Terms
 
-__all__ = ["LossSums", "Terms", "elementwise_terms", "sum_terms", "sum_terms_per_anchor"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "LossSums",
+    "Terms",
+    "check_implementation",
+    "elementwise_terms",
+    "sum_terms",
+    "sum_terms_per_anchor",
+]

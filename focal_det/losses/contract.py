@@ -12,16 +12,20 @@ import math
 import numbers
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Hashable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from focal_det.kernels import LossSums, elementwise_terms, sum_terms
-
-if TYPE_CHECKING:
-    pass
+from focal_det.kernels import (
+    LossSums,
+    Terms,
+    check_implementation,
+    elementwise_terms,
+    sum_terms,
+)
 
 __all__ = [
     "ClassificationLoss",
@@ -32,6 +36,9 @@ __all__ = [
     "check_in_range",
     "config_keys",
 ]
+
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+"""What every module has, and no formula depends on."""
 
 
 def check_in_range(
@@ -172,6 +179,7 @@ class ClassificationLoss(nn.Module, ABC):
         logits: Sequence[Tensor],
         labels: Sequence[Tensor],
         boxes: Sequence[Tensor] | None = None,
+        weights: Tensor | None = None,
     ) -> LossSums:
         """Sums of the loss for each image over all feature levels.
 
@@ -179,10 +187,29 @@ class ClassificationLoss(nn.Module, ABC):
             logits: one (N, ..., K) a level, any strides; a view of the head's output will do.
             labels: one (N, ...) a level.
             boxes: one (N, ..., 4) a level, or None.
+            weights: (N,), a constant factor of each image's sums; None for 1. Multiplied
+                here, a normalizer costs nothing; afterwards it costs a pass over the gradient.
 
         Returns:
             The sums, (N,) each. Inputs are not checked here: :meth:`forward` does.
         """
+
+    def use(self, impl: str) -> Self:
+        """Choose how the loss is computed; see :data:`focal_det.kernels.IMPLEMENTATIONS`.
+
+        Args:
+            impl: ``auto``; losses that are an :class:`ElementwiseLoss` have others too.
+
+        Returns:
+            This loss.
+
+        Raises:
+            ValueError: a name that this loss does not know.
+            RuntimeError: an implementation that cannot be had here; it says why.
+        """
+        if impl != "auto":
+            raise ValueError(f"{type(self).__name__} has no implementations: impl must be auto")
+        return self
 
     @classmethod
     def config_keys(cls) -> dict[str, str]:
@@ -203,6 +230,9 @@ class ElementwiseLoss(ClassificationLoss):
     block). Sign, alpha weighting, ignored anchors, strides and precision are handled here.
     """
 
+    impl: str = "auto"
+    """How it is computed; see :meth:`use`."""
+
     alpha: float | None = None
     """Weight of the foreground terms, ``1 - alpha`` of the background ones; None or negative for no
     weighting."""
@@ -215,9 +245,11 @@ class ElementwiseLoss(ClassificationLoss):
             foreground: whether these are the terms with y = +1. Most losses do not ask.
 
         Returns:
-            A tensor of the shape of `x_t`.
+            A tensor of the shape of `x_t`, from operations that autograd can differentiate.
         """
-        raise NotImplementedError(f"{type(self).__name__} needs value() or value_and_slope()")
+        if type(self).value_and_slope is ElementwiseLoss.value_and_slope:
+            raise NotImplementedError(f"{type(self).__name__} needs value() or value_and_slope()")
+        return self.value_and_slope(x_t, foreground)[0]
 
     def value_and_slope(self, x_t: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
         """Loss per term and its derivative by x_t, without the alpha weight.
@@ -233,25 +265,23 @@ class ElementwiseLoss(ClassificationLoss):
             value = self.value(x_t, foreground)
             if not value.requires_grad:  # constant, such as no loss at all for one side
                 return value, torch.zeros_like(value)
-            (slope,) = torch.autograd.grad(value.sum(), x_t)
+            (slope,) = torch.autograd.grad(value, x_t, torch.ones_like(value))
         return value.detach(), slope
 
-    def terms(self, logits: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
-        """Weighted loss per term and its derivative by the logit.
-
-        Args:
-            logits: float32 or better, any shape.
-            foreground: whether these are the terms with y = +1.
-
-        Returns:
-            Two tensors of the shape of `logits`.
-        """
-        value, slope = self.value_and_slope(logits if foreground else -logits, foreground)
-        weight = 1.0
+    def terms(self) -> Terms:
+        """What the fused operations compute: the function of x_t and the two alpha weights."""
+        background, foreground = 1.0, 1.0
         if self.alpha is not None and self.alpha >= 0:
-            weight = self.alpha if foreground else 1.0 - self.alpha
-        sign = 1.0 if foreground else -1.0
-        return value * weight, slope * (weight * sign)
+            background, foreground = 1.0 - self.alpha, self.alpha
+        return Terms(self.value_and_slope, self.value, background, foreground, self._settings())
+
+    def _settings(self) -> Hashable:
+        """All that a formula can depend on, to tell compiled ones apart; None if not simple."""
+        if next(self.parameters(), None) is not None or next(self.buffers(), None) is not None:
+            return None
+        own = {name: x for name, x in vars(self).items() if name not in MODULE_ATTRIBUTES}
+        simple = all(isinstance(x, int | float | str | None) for x in own.values())
+        return (type(self), *sorted(own.items())) if simple else None
 
     def elementwise(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of every term.
@@ -266,16 +296,26 @@ class ElementwiseLoss(ClassificationLoss):
             ValueError: see :meth:`forward`.
         """
         check_inputs(logits, labels)
-        return elementwise_terms(self.terms, logits, labels)
+        return elementwise_terms(self.terms(), logits, labels, self.impl)
+
+    def use(self, impl: str) -> Self:
+        """See :meth:`ClassificationLoss.use`."""
+        check_implementation(impl)
+        self.impl = impl
+        return self
 
     def per_image(
         self,
         logits: Sequence[Tensor],
         labels: Sequence[Tensor],
         boxes: Sequence[Tensor] | None = None,
+        weights: Tensor | None = None,
     ) -> LossSums:
         """See :meth:`ClassificationLoss.per_image`; `boxes` is not read."""
-        levels = [sum_terms(self.terms, x, y) for x, y in zip(logits, labels, strict=True)]
+        terms = self.terms()
+        levels = [
+            sum_terms(terms, x, y, weights, self.impl) for x, y in zip(logits, labels, strict=True)
+        ]
         return LossSums(*(torch.stack(sums).sum(0) for sums in zip(*levels, strict=True)))
 
     def _set_alpha(self, alpha: float | None) -> None:
@@ -305,6 +345,7 @@ class PlainLoss(ClassificationLoss):
         logits: Sequence[Tensor],
         labels: Sequence[Tensor],
         boxes: Sequence[Tensor] | None = None,
+        weights: Tensor | None = None,
     ) -> LossSums:
         """See :meth:`ClassificationLoss.per_image`; the share of the foreground is not known."""
         joined = {"logits": join_levels(logits, trailing=1), "labels": join_levels(labels)}
@@ -314,7 +355,8 @@ class PlainLoss(ClassificationLoss):
         for image in range(len(labels[0])):
             arguments = {name: x[image] for name, x in joined.items()}
             sums.append(self.loss(arguments.pop("logits"), arguments.pop("labels"), **arguments))
-        return LossSums(torch.stack(sums), None)
+        total = torch.stack(sums)
+        return LossSums(total if weights is None else total * weights, None)
 
 
 def as_classification_loss(loss: nn.Module) -> ClassificationLoss:

@@ -1,9 +1,9 @@
 """Cross entropy (CE)."""
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from .contract import ElementwiseLoss
+from .logistic import logistic
 from .registry import LOSS_REGISTRY
 
 
@@ -18,5 +18,5 @@ class CrossEntropyLoss(ElementwiseLoss):
 
     def value_and_slope(self, x_t: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
         """CE and its derivative by x_t, each of the shape of `x_t`."""
-        # p_t - 1 = -sigmoid(-x_t) keeps its relative precision where p_t rounds to 1.
-        return F.softplus(-x_t), -(-x_t).sigmoid()
+        minus_log_p, miss, _ = logistic(-x_t)
+        return minus_log_p, -miss

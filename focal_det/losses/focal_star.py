@@ -1,9 +1,9 @@
 """The alternative form of the focal loss (FL*)."""
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from .contract import ElementwiseLoss, check_in_range
+from .logistic import logistic
 from .registry import LOSS_REGISTRY
 
 
@@ -35,5 +35,5 @@ class FocalLossStar(ElementwiseLoss):
 
     def value_and_slope(self, x_t: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
         """FL* and its derivative by x_t, each of the shape of `x_t`, without alpha_t."""
-        minus_z = -self.gamma * x_t - self.beta
-        return F.softplus(minus_z) / self.gamma, -minus_z.sigmoid()
+        minus_log_p, miss, _ = logistic(-self.gamma * x_t - self.beta)
+        return minus_log_p / self.gamma, -miss

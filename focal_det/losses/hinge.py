@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from .contract import ElementwiseLoss, check_in_range
+from .logistic import logistic
 from .registry import LOSS_REGISTRY
 
 
@@ -32,7 +33,6 @@ class HingeLoss(ElementwiseLoss):
 
     def value_and_slope(self, x_t: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
         """Hinge loss and its derivative by x_t, each of the shape of `x_t`."""
-        p_t = x_t.sigmoid()
+        _, miss, p_t = logistic(-x_t)
         margin = self.threshold - p_t
-        slope = -p_t * (-x_t).sigmoid()
-        return margin.clamp(min=0), slope * (margin > 0)
+        return margin.clamp(min=0), -p_t * miss * (margin > 0)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torchvision.ops import nms
+from typing_extensions import Self
 
 from focal_det.kernels import LossSums, sum_terms_per_anchor
 
@@ -57,11 +58,17 @@ class OHEMLoss(ClassificationLoss):
         self.neg_pos_ratio = float(neg_pos_ratio)
         self.cross_entropy = CrossEntropyLoss()
 
+    def use(self, impl: str) -> Self:
+        """See :meth:`ClassificationLoss.use`; it is the cross entropy that has implementations."""
+        self.cross_entropy.use(impl)
+        return self
+
     def per_image(
         self,
         logits: Sequence[Tensor],
         labels: Sequence[Tensor],
         boxes: Sequence[Tensor] | None = None,
+        weights: Tensor | None = None,
     ) -> LossSums:
         """See :meth:`ClassificationLoss.per_image`; `boxes` is required.
 
@@ -70,8 +77,9 @@ class OHEMLoss(ClassificationLoss):
         """
         if boxes is None:
             raise ValueError("OHEMLoss needs boxes, (..., 4) XYXY, for its NMS; got None")
+        terms = self.cross_entropy.terms()
         scores = [
-            sum_terms_per_anchor(self.cross_entropy.terms, x, y)
+            sum_terms_per_anchor(terms, x, y, self.cross_entropy.impl)
             for x, y in zip(logits, labels, strict=True)
         ]
         keep = self.select(
@@ -85,7 +93,7 @@ class OHEMLoss(ClassificationLoss):
             y.where(k.view(y.shape), -1)
             for y, k in zip(labels, keep.split(sizes, dim=1), strict=True)
         ]
-        return self.cross_entropy.per_image(logits, kept_labels)
+        return self.cross_entropy.per_image(logits, kept_labels, weights=weights)
 
     @torch.no_grad()
     def select(self, scores: Tensor, labels: Tensor, boxes: Tensor, num_classes: int) -> Tensor:

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING, Any
 from fvcore.common.registry import Registry
 from torch import nn
 
-from .contract import config_keys
+from .contract import as_classification_loss, config_keys
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
+
+IMPL_KEY = "MODEL.FOCAL_DET.IMPL"
 
 LOSS_REGISTRY: Registry = Registry("LOSS")
 LOSS_REGISTRY.__doc__ = """
@@ -29,6 +31,7 @@ def build_loss(cfg: "CfgNode") -> nn.Module:
     Raises:
         ValueError: an unknown name (the valid ones are listed), or a value out of range (its
             config key is named).
+        RuntimeError: ``MODEL.FOCAL_DET.IMPL`` asks for what cannot be had on this machine.
     """
     loss_class = find_registered(LOSS_REGISTRY, cfg, "MODEL.FOCAL_DET.LOSS.NAME")
     keys = config_keys(loss_class)
@@ -43,6 +46,10 @@ def build_loss(cfg: "CfgNode") -> nn.Module:
         raise ValueError(
             f"{error}. {loss_class.__name__} is configured by {', '.join(keys.values())}"
         ) from error
+    try:
+        as_classification_loss(loss).use(get_key(cfg, IMPL_KEY, "auto"))
+    except (ValueError, RuntimeError) as error:
+        raise type(error)(f"{IMPL_KEY}: {error}") from error
     return loss
 
 

@@ -11,7 +11,7 @@ import torch
 from loss_cases import scene
 from torch import Tensor
 
-from focal_det.kernels import terms as kernel
+from focal_det.kernels import blocks
 from focal_det.losses import (
     BalancedCrossEntropyLoss,
     CrossEntropyLoss,
@@ -134,7 +134,7 @@ def test_views_of_the_output_of_a_head(
 ) -> None:
     """(N, A K, H, W) read as (N, H, W, A, K) in place; the gradient lands in the head's layout."""
     if block_terms is not None:
-        monkeypatch.setattr(kernel, "BLOCK_TERMS", block_terms)
+        monkeypatch.setitem(blocks.BLOCK_TERMS, "cpu", block_terms)
     n, a, k, h, w = 2, 3, 4, 5, 6
     logits, labels = scene(n * h * w * a, k, seed=7)
     head = logits.view(n, h, w, a * k).permute(0, 3, 1, 2).contiguous()

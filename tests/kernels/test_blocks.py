@@ -6,15 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from focal_det.kernels import elementwise_terms, sum_terms, sum_terms_per_anchor
-from focal_det.kernels import terms as kernel
+from focal_det.kernels import Terms, blocks, elementwise_terms, sum_terms, sum_terms_per_anchor
 
 
-def weigh(logits: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
+def weigh(x_t: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
     """A loss whose sums are easy to tell apart: x^2 for background, 100 + 3 x for foreground."""
     if foreground:
-        return 100 + 3 * logits, torch.full_like(logits, 3.0)
-    return logits**2, 2 * logits
+        return 100 + 3 * x_t, torch.full_like(x_t, 3.0)
+    return x_t**2, 2 * x_t
+
+
+WEIGH = Terms(weigh, lambda x_t, foreground: weigh(x_t, foreground)[0])
 
 
 def inputs(*shape: int) -> tuple[Tensor, Tensor]:
@@ -49,16 +51,16 @@ def test_cuts_change_nothing(
     shape: tuple[int, ...], block_terms: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also blocks smaller than one anchor's classes, which stay whole."""
-    monkeypatch.setattr(kernel, "BLOCK_TERMS", block_terms)
+    monkeypatch.setitem(blocks.BLOCK_TERMS, "cpu", block_terms)
     logits, labels = inputs(*shape)
     value, slope, own = by_loop(logits, labels)
     logits.requires_grad_()
-    total, foreground = sum_terms(weigh, logits, labels)
+    total, foreground = sum_terms(WEIGH, logits, labels)
     torch.testing.assert_close(total.detach(), value.flatten(1).sum(1))
     torch.testing.assert_close(foreground, (value * own).flatten(1).sum(1))
     (grad,) = torch.autograd.grad(total.sum(), logits)
     torch.testing.assert_close(grad, slope, rtol=1e-6, atol=0)
-    torch.testing.assert_close(sum_terms_per_anchor(weigh, logits, labels), value.sum(-1))
+    torch.testing.assert_close(sum_terms_per_anchor(WEIGH, logits, labels), value.sum(-1))
 
 
 @pytest.mark.parametrize("block_terms", [1, 4, 10, 40, 1000])
@@ -69,10 +71,10 @@ def test_blocks_tile_the_tensor(
     block_terms: int, order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every anchor is in exactly one block, and no block has more terms than asked for."""
-    monkeypatch.setattr(kernel, "BLOCK_TERMS", block_terms)
+    monkeypatch.setitem(blocks.BLOCK_TERMS, "cpu", block_terms)
     logits = torch.zeros(2, 5, 7, 4).permute(order)
     seen = torch.zeros(logits.shape[:-1])
-    for block in kernel._blocks(logits):
+    for block in blocks.blocks(logits):
         seen[block] += 1
         part = logits[block]
         assert part.numel() <= max(block_terms, logits.shape[-1])
@@ -81,21 +83,21 @@ def test_blocks_tile_the_tensor(
 
 def test_blocks_are_as_large_as_they_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     """1000 anchors of 4 classes in blocks of 400 terms are 10 blocks, not more."""
-    monkeypatch.setattr(kernel, "BLOCK_TERMS", 400)
-    assert len(list(kernel._blocks(torch.zeros(1, 1000, 4)))) == 10
+    monkeypatch.setitem(blocks.BLOCK_TERMS, "cpu", 400)
+    assert len(list(blocks.blocks(torch.zeros(1, 1000, 4)))) == 10
 
 
 def test_a_block_lies_together_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """(1, A K, H, W) read as (1, H, W, A, K) is cut along A, its largest stride."""
-    monkeypatch.setattr(kernel, "BLOCK_TERMS", 4 * 5 * 6)
+    monkeypatch.setitem(blocks.BLOCK_TERMS, "cpu", 4 * 5 * 6)
     view = torch.zeros(1, 3, 4, 5, 6).permute(0, 3, 4, 1, 2)
     whole = (slice(0, 1), slice(0, 5), slice(0, 6))
-    assert list(kernel._blocks(view)) == [(*whole, slice(a, a + 1)) for a in range(3)]
+    assert list(blocks.blocks(view)) == [(*whole, slice(a, a + 1)) for a in range(3)]
 
 
 def test_no_temporary_of_the_size_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss function never sees more than a block."""
-    monkeypatch.setattr(kernel, "BLOCK_TERMS", 64)
+    monkeypatch.setitem(blocks.BLOCK_TERMS, "cpu", 64)
     largest = 0
 
     def watch(logits: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
@@ -103,8 +105,8 @@ def test_no_temporary_of_the_size_of_the_logits(monkeypatch: pytest.MonkeyPatch)
         largest = max(largest, logits.numel())
         return weigh(logits, foreground)
 
-    sum_terms(watch, *inputs(2, 50, 3))
-    sum_terms_per_anchor(watch, *inputs(2, 50, 3))
+    sum_terms(Terms(watch, None), *inputs(2, 50, 3))
+    sum_terms_per_anchor(Terms(watch, None), *inputs(2, 50, 3))
     assert 0 < largest <= 64
 
 
@@ -113,17 +115,17 @@ def test_gradient_of_a_weighted_sum_of_images() -> None:
     logits.requires_grad_()
     _, slope, _ = by_loop(logits.detach(), labels)
     weights = torch.tensor([0.5, -2.0, 0.0])
-    (grad,) = torch.autograd.grad((sum_terms(weigh, logits, labels).total * weights).sum(), logits)
+    (grad,) = torch.autograd.grad((sum_terms(WEIGH, logits, labels).total * weights).sum(), logits)
     torch.testing.assert_close(grad, slope * weights.view(3, 1, 1), rtol=1e-6, atol=0)
 
 
 def test_elementwise_with_and_without_images() -> None:
     logits, labels = inputs(3, 4, 2)
     value, slope, _ = by_loop(logits, labels)
-    torch.testing.assert_close(elementwise_terms(weigh, logits, labels), value)
-    torch.testing.assert_close(elementwise_terms(weigh, logits[0], labels[0]), value[0])
+    torch.testing.assert_close(elementwise_terms(WEIGH, logits, labels), value)
+    torch.testing.assert_close(elementwise_terms(WEIGH, logits[0], labels[0]), value[0])
     single = logits[0, 0].requires_grad_()
-    (grad,) = torch.autograd.grad(elementwise_terms(weigh, single, labels[0, 0]).sum(), single)
+    (grad,) = torch.autograd.grad(elementwise_terms(WEIGH, single, labels[0, 0]).sum(), single)
     torch.testing.assert_close(grad, slope[0, 0])
 
 
@@ -139,9 +141,9 @@ def test_the_loss_is_given_float32_or_better(dtype: torch.dtype) -> None:
 
     leaf = logits.to(dtype).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        total, foreground = sum_terms(typed, leaf, labels)
-        each = elementwise_terms(typed, leaf, labels)
-        anchors = sum_terms_per_anchor(typed, leaf, labels)
+        total, foreground = sum_terms(Terms(typed, None), leaf, labels)
+        each = elementwise_terms(Terms(typed, None), leaf, labels)
+        anchors = sum_terms_per_anchor(Terms(typed, None), leaf, labels)
     assert {total.dtype, foreground.dtype, each.dtype, anchors.dtype} == {accurate}
     (grad,) = torch.autograd.grad(total.sum(), leaf)
     assert grad.dtype == dtype
@@ -149,21 +151,21 @@ def test_the_loss_is_given_float32_or_better(dtype: torch.dtype) -> None:
 
 def test_sums_of_many_blocks_do_not_drift(monkeypatch: pytest.MonkeyPatch) -> None:
     """4096 blocks after a large one: a float32 running sum would round each of them off."""
-    monkeypatch.setattr(kernel, "BLOCK_TERMS", 64)
+    monkeypatch.setitem(blocks.BLOCK_TERMS, "cpu", 64)
     logits = torch.full((1, 4097, 64), math.sqrt(0.1))
     logits[0, 0] = 3e3
     labels = torch.full((1, 4097), 64)
     small = torch.tensor(math.sqrt(0.1)).square().double().item()
-    total = sum_terms(weigh, logits, labels).total.item()
+    total = sum_terms(WEIGH, logits, labels).total.item()
     assert total == pytest.approx(64 * (9e6 + 4096 * small), rel=1.2e-7)
 
 
 def test_foreground_part_carries_no_gradient() -> None:
     logits, labels = inputs(2, 9, 3)
-    sums = sum_terms(weigh, logits.requires_grad_(), labels)
+    sums = sum_terms(WEIGH, logits.requires_grad_(), labels)
     assert sums.total.requires_grad
     assert not sums.foreground.requires_grad
-    assert not sum_terms_per_anchor(weigh, logits, labels).requires_grad
+    assert not sum_terms_per_anchor(WEIGH, logits, labels).requires_grad
 
 
 def test_gradient_follows_the_layout_of_the_logits() -> None:
@@ -171,5 +173,5 @@ def test_gradient_follows_the_layout_of_the_logits() -> None:
     head = torch.randn(2, 3 * 4, 5, 6, requires_grad=True)
     view = head.view(2, 3, 4, 5, 6).permute(0, 3, 4, 1, 2)
     labels = torch.zeros(2, 5, 6, 3, dtype=torch.int64)
-    (grad,) = torch.autograd.grad(sum_terms(weigh, view, labels).total.sum(), view)
+    (grad,) = torch.autograd.grad(sum_terms(WEIGH, view, labels).total.sum(), view)
     assert grad.stride() == view.stride()

@@ -1,0 +1,244 @@
+"""A loss, stated in PyTorch, as a Triton device function.
+
+The formula is traced once with tensors, its derivative by autograd included where the loss states
+only a value, and each traced operation becomes a line of Triton. So a loss of a user's own runs in
+the same kernel as ours, and nothing is stated twice.
+"""
+
+import hashlib
+import linecache
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch._decomp import core_aten_decompositions
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import Node
+
+from .terms import Terms
+
+
+@triton.jit
+def log1p(x):
+    """``log(1 + x)`` for x > -1, accurate near 0 too, where 1 + x would round x away."""
+    # The series x - x^2 / 2 + x^3 / 3 - ...: below 1/4 the terms dropped are less than a rounding.
+    series = 1 / 9 - x * (1 / 10 - x * (1 / 11))
+    series = 1 / 5 - x * (1 / 6 - x * (1 / 7 - x * (1 / 8 - x * series)))
+    series = x * (1 - x * (1 / 2 - x * (1 / 3 - x * (1 / 4 - x * series))))
+    return tl.where(tl.abs(x) < 0.25, series, tl.log(1.0 + x))
+
+
+@triton.jit
+def expm1(x):
+    """``exp(x) - 1``, accurate near 0 too."""
+    series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6)))))
+    return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent."""
+    m = expm1(-2.0 * tl.abs(x))
+    return tl.where(x < 0, m, -m) / (2.0 + m)
+
+
+@triton.jit
+def sign(x):
+    """-1, 0 or 1."""
+    return tl.where(x > 0, 1.0, 0.0) - tl.where(x < 0, 1.0, 0.0)
+
+
+def _add(a: str, b: str, alpha: float = 1) -> str:
+    return f"{a} + {b}" if alpha == 1 else f"{a} + {b} * {alpha!r}"
+
+
+def _sub(a: str, b: str, alpha: float = 1) -> str:
+    return f"{a} - {b}" if alpha == 1 else f"{a} - {b} * {alpha!r}"
+
+
+def _clamp(x: str, low: str | None = None, high: str | None = None) -> str:
+    # tl.clamp wants both ends. NaN passes through, as in torch.
+    if low is not None:
+        x = f"tl.where({x} < {low}, {low}, {x})"
+    if high is not None:
+        x = f"tl.where({x} > {high}, {high}, {x})"
+    return x
+
+
+def _power(x: str, exponent: str) -> str:
+    whole = {"1.0": 1, "2.0": 2, "3.0": 3, "4.0": 4}
+    if exponent in whole:
+        return " * ".join([x] * whole[exponent])
+    if exponent == "0.5":
+        return f"tl.sqrt({x})"
+    return f"tl.exp({exponent} * tl.log({x}))"
+
+
+def _full(shape: Any, value: str, **_: Any) -> str:
+    return value
+
+
+def _same(x: str, *_: Any, **__: Any) -> str:
+    return x
+
+
+def _call(function: str) -> Callable[..., str]:
+    return lambda *arguments: f"{function}({', '.join(arguments)})"
+
+
+def _infix(operator: str) -> Callable[[str, str], str]:
+    return lambda a, b: f"{a} {operator} {b}"
+
+
+EXPRESSIONS: dict[str, Callable[..., str]] = {
+    "abs": _call("tl.abs"),
+    "add": _add,
+    "alias": _same,
+    "bitwise_and": _infix("&"),
+    "bitwise_not": lambda x: f"({x} == 0)",
+    "bitwise_or": _infix("|"),
+    "clamp": _clamp,
+    "clamp_max": lambda x, high: _clamp(x, high=high),
+    "clamp_min": lambda x, low: _clamp(x, low=low),
+    "clone": _same,
+    "cos": _call("tl.cos"),
+    "detach": _same,
+    "div": _infix("/"),
+    "eq": _infix("=="),
+    "exp": _call("tl.exp"),
+    "expm1": _call("expm1"),
+    "full": _full,
+    "full_like": _full,
+    "ge": _infix(">="),
+    "gt": _infix(">"),
+    "le": _infix("<="),
+    "log": _call("tl.log"),
+    "log1p": _call("log1p"),
+    "logical_and": _infix("&"),
+    "logical_not": lambda x: f"({x} == 0)",
+    "logical_or": _infix("|"),
+    "lt": _infix("<"),
+    "maximum": lambda a, b: f"tl.maximum({a}, {b}, propagate_nan=tl.PropagateNan.ALL)",
+    "minimum": lambda a, b: f"tl.minimum({a}, {b}, propagate_nan=tl.PropagateNan.ALL)",
+    "mul": _infix("*"),
+    "ne": _infix("!="),
+    "neg": lambda x: f"-{x}",
+    "pow": _power,
+    "reciprocal": lambda x: f"1.0 / {x}",
+    "relu": lambda x: _clamp(x, low="0.0"),
+    "rsqrt": lambda x: f"1.0 / tl.sqrt({x})",
+    "scalar_tensor": lambda value, **_: value,
+    "sigmoid": lambda x: f"1.0 / (1.0 + tl.exp(-{x}))",
+    "sign": _call("sign"),
+    "sin": _call("tl.sin"),
+    "sqrt": _call("tl.sqrt"),
+    "sub": _sub,
+    "tanh": _call("tanh"),
+    "where": _call("tl.where"),
+    "_to_copy": _same,
+}
+"""Triton for each ATen operation (core operator set) that can stand in a formula."""
+
+ARITHMETIC = ("add", "sub", "mul", "div", "neg", "maximum", "minimum", "abs", "_to_copy")
+CONSTANTS = ("full", "full_like", "scalar_tensor", "_to_copy")
+
+HELPERS = {"log1p": log1p, "expm1": expm1, "tanh": tanh, "sign": sign}
+
+
+def device_function(terms: Terms) -> Any:
+    """Translate ``terms.value_and_slope`` into ``(x_t, FOREGROUND: constexpr) -> (value, slope)``.
+
+    Args:
+        terms: the loss.
+
+    Returns:
+        A ``triton.jit`` function on float32 blocks.
+
+    Raises:
+        RuntimeError: an operation that has no translation, or control flow that depends on values.
+    """
+    sides = {side: _statements(terms, side) for side in (True, False)}
+    body = "\n".join(
+        [
+            "    if FOREGROUND:",
+            *(f"        {line}" for line in sides[True]),
+            "    else:",
+            *(f"        {line}" for line in sides[False]),
+            "    return value, slope",
+        ]
+    )
+    # Triton keeps compiled kernels on disk by the names of the functions they are made of: a name
+    # that says what is inside keeps two losses apart.
+    name = "terms_" + hashlib.sha256(body.encode()).hexdigest()[:16]
+    source = f"def {name}(x_t, FOREGROUND: tl.constexpr):\n{body}\n"
+    filename = f"<focal_det {name}>"
+    # Triton reads the source of a function; this is where Python looks for what has no file.
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    namespace: dict[str, Any] = {"tl": tl, "__name__": __name__, **HELPERS}
+    exec(compile(source, filename, "exec"), namespace)
+    return triton.jit(namespace[name])
+
+
+def _statements(terms: Terms, foreground: bool) -> list[str]:
+    """Lines that assign `value` and `slope` from `x_t`."""
+    graph = _trace(terms, foreground)
+    names: dict[Node, str] = {}
+    lines = []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            names[node] = "x_t"
+        elif node.op == "output":
+            results = [_operand(x, names) for x in node.args[0]]
+            # Constants (no loss at all on one side) are spread over the block.
+            lines += [
+                f"{n} = tl.zeros_like(x_t) + {x}"
+                for n, x in zip(("value", "slope"), results, strict=True)
+            ]
+        else:
+            name = f"t{len(names)}"
+            lines.append(f"{name} = {_expression(node, names)}")
+            names[node] = name
+    return lines
+
+
+def _trace(terms: Terms, foreground: bool) -> torch.fx.Graph:
+    def formula(x_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return terms.value_and_slope(x_t, foreground)
+
+    try:
+        tracer = make_fx(formula, dict(core_aten_decompositions()), tracing_mode="fake")
+        traced = tracer(torch.zeros(2, 3))
+    except Exception as error:  # whatever a formula of a user's does to a tracer
+        raise RuntimeError(f"the loss cannot be traced for Triton: {error}") from error
+    traced.graph.eliminate_dead_code()
+    return traced.graph
+
+
+def _expression(node: Node, names: dict[Node, str]) -> str:
+    name = str(node.target).split(".")[1]  # aten.<name>.<overload>
+    if name == "expand":  # a constant, of which one number stands for all
+        return _operand(node.args[0], names)
+    if name not in EXPRESSIONS:
+        raise RuntimeError(f"the loss uses {node.target}, which has no translation to Triton")
+    arguments = [_operand(x, names) for x in node.args]
+    if name in ARITHMETIC:
+        arguments = [_number(x, argument) for x, argument in zip(node.args, arguments, strict=True)]
+    keywords = {} if name in CONSTANTS else node.kwargs
+    return EXPRESSIONS[name](*arguments, **keywords)
+
+
+def _operand(x: Any, names: dict[Node, str]) -> Any:
+    if isinstance(x, Node):
+        return names[x]
+    if isinstance(x, int | float):
+        return repr(float(x)) if math.isfinite(x) else f'float("{x}")'
+    return x
+
+
+def _number(x: Any, argument: str) -> str:
+    """Masks take part in arithmetic as 0 and 1."""
+    is_mask = isinstance(x, Node) and x.meta["val"].dtype == torch.bool
+    return f"tl.where({argument}, 1.0, 0.0)" if is_mask else argument

@@ -1,0 +1,23 @@
+"""The logistic function and its logarithm, from one exponential."""
+
+import torch
+from torch import Tensor
+
+
+def logistic(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``log(1 + e^x)``, ``1 / (1 + e^-x)`` and ``1 / (1 + e^x)``.
+
+    With x = -x_t these are -log(p_t), 1 - p_t and p_t. Each is accurate to a few roundings, also
+    where it is tiny; neither is ever computed as 1 minus another.
+
+    Args:
+        x: any shape, float32 or better, any finite values.
+
+    Returns:
+        Three new tensors of the shape of `x`: softplus(x), sigmoid(x), sigmoid(-x).
+    """
+    # e^-87 is the last whole power among the normal numbers of float32; log(1 + e^x) is x long
+    # before.
+    exp = x.clamp(max=87.0).exp()
+    complement = (exp + 1).reciprocal()
+    return torch.maximum(exp.log1p(), x), exp * complement, complement
