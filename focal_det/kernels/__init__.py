@@ -1,5 +1,6 @@
 """Fused value-and-gradient operations over all terms of a dense detector's classification."""
 
+from .rows import pick_anchors
 from .sums import (
     IMPLEMENTATIONS,
     check_implementation,
@@ -15,6 +16,7 @@ __all__ = [
     "Terms",
     "check_implementation",
     "elementwise_terms",
+    "pick_anchors",
     "sum_terms",
     "sum_terms_per_anchor",
 ]

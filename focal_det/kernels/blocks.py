@@ -5,6 +5,7 @@ place), float32 inside, and in blocks, so that temporaries stay the size of a ca
 logits.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -13,8 +14,17 @@ from torch import Tensor
 from .terms import Terms, accurate
 
 BLOCK_TERMS = {"cpu": 1 << 17, "cuda": 1 << 23}
-"""Terms in a block (on a CPU, for each thread). On a CPU the temporaries of a block, 512 KiB each,
-stay in cache; on a GPU they are 32 MiB each, and a block large enough to hide its launches."""
+"""Terms in a block at most (on a CPU, for each thread). On a CPU the temporaries of a block are
+512 KiB each and stay in cache; on a GPU they are 32 MiB each, and a block is worth its launches."""
+
+BLOCKS = 8
+"""Blocks that logits are cut into at least, so that temporaries are small beside the gradient."""
+
+SMALLEST_BLOCK = 1 << 14
+"""Terms that are not cut any further, since each operation has its fixed cost."""
+
+Block = tuple[tuple[int, int, int], ...]
+"""A part of a tensor: ``(dimension, start, length)`` for each dimension that is cut."""
 
 
 def sum_terms(
@@ -32,20 +42,10 @@ def sum_terms(
     Returns:
         (2, N): the sums, and their part from terms with y = +1.
     """
-    # Many block sums are added up: in float64 where the device has it.
+    # Many terms are added up: in float64 where the device has it.
     exact = torch.float32 if logits.device.type == "mps" else torch.float64
-    sums = torch.zeros(2, len(logits), dtype=exact, device=logits.device)
-    for block in blocks(logits):
-        image = block[0]
-        per_anchor, foreground = _block(
-            terms,
-            logits[block],
-            labels[block],
-            weights[image],
-            None if grad is None else grad[block],
-        )
-        sums[0, image] += per_anchor.reshape(len(per_anchor), -1).sum(1)
-        sums[1, image] += foreground.reshape(len(foreground), -1).sum(1)
+    parts = _per_anchor(terms, logits, labels, weights, grad)
+    sums = torch.stack([x.unsqueeze(-1).flatten(1).sum(1, dtype=exact) for x in parts])
     return sums.mul_(weights).to(accurate(logits.dtype))
 
 
@@ -58,10 +58,7 @@ def sum_terms_per_anchor(terms: Terms, logits: Tensor, labels: Tensor) -> Tensor
     Returns:
         (N, ...), 0 for ignored anchors.
     """
-    sums = torch.zeros(labels.shape, dtype=accurate(logits.dtype), device=logits.device)
-    for block in blocks(logits):
-        sums[block] = _block(terms, logits[block], labels[block], None, None)[0]
-    return sums
+    return _per_anchor(terms, logits, labels, None, None)[0]
 
 
 def scale(grad: Tensor, factors: Tensor, in_place: bool) -> Tensor:
@@ -100,7 +97,7 @@ def elementwise_terms(terms: Terms, logits: Tensor, labels: Tensor) -> tuple[Ten
     return results[0], results[1]
 
 
-def _block(
+def _per_anchor(
     terms: Terms, logits: Tensor, labels: Tensor, weights: Tensor | None, grad: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Sum over the classes of each anchor (N, ...), and the part of it with y = +1.
@@ -108,25 +105,33 @@ def _block(
     All terms are computed as background, then the one term of each foreground anchor that is not
     is put in its place: no one-hot target, no boolean indexing.
     """
-    x = logits.to(accurate(logits.dtype))
-    ignored = labels < 0
+    ignored = (labels < 0).unsqueeze(-1)
     own_class, is_own = _own(labels, logits.shape[-1])
-    value, slope = terms.value_and_slope(-x, False)
-    own_value, own_slope = terms.value_and_slope(x.gather(-1, own_class), True)
+    own_logits = logits.gather(-1, own_class).to(accurate(logits.dtype))
+    own_value, own_slope = terms.value_and_slope(own_logits, True)
     own_value = (own_value * terms.foreground).where(is_own, 0).squeeze(-1)
-    value = _writable(value, slope, x)
-    value.scatter_(-1, own_class, value.gather(-1, own_class).masked_fill_(is_own, 0))
-    per_anchor = (value.sum(-1) * terms.background).masked_fill_(ignored, 0) + own_value
 
+    sums = torch.empty(labels.shape, dtype=own_logits.dtype, device=logits.device)
+    factors = None
     if grad is not None and weights is not None:
-        weights = weights.view(-1, *[1] * labels.dim())
-        torch.mul(slope, weights * -terms.background, out=grad)
-        own_slope = own_slope * (weights * terms.foreground)
-        grad.scatter_(
-            -1, own_class, own_slope.to(grad.dtype).where(is_own, grad.gather(-1, own_class))
-        )
-        grad.masked_fill_(ignored.unsqueeze(-1), 0)
-    return per_anchor, own_value
+        factors = weights.view(-1, *[1] * labels.dim())
+    for block in blocks(logits):
+        x, classes, is_one, no_loss = (take(t, block) for t in (logits, own_class, is_own, ignored))
+        value, slope = terms.value_and_slope(-x.to(own_logits.dtype), False)
+        value = _writable(value, slope, x)
+        value.scatter_(-1, classes, value.gather(-1, classes).masked_fill_(is_one, 0))
+        torch.sum(value, -1, out=take(sums, block))
+        if grad is not None and factors is not None:
+            part = take(grad, block)
+            images = tuple(cut for cut in block if cut[0] == 0)
+            torch.mul(slope, take(factors, images) * -terms.background, out=part)
+            part.masked_fill_(no_loss, 0)
+    sums.mul_(terms.background).masked_fill_(ignored.squeeze(-1), 0).add_(own_value)
+
+    if grad is not None and factors is not None:
+        own_slope = (own_slope * (factors * terms.foreground)).to(grad.dtype)
+        grad.scatter_(-1, own_class, own_slope.where(is_own, grad.gather(-1, own_class)))
+    return sums, own_value
 
 
 def _own(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -142,31 +147,39 @@ def _writable(value: Tensor, *others: Tensor) -> Tensor:
     return value.clone() if shared or 0 in value.stride() else value
 
 
-def blocks(logits: Tensor) -> Iterator[tuple[slice, ...]]:
-    """Cut (N, ..., K) into blocks of at most about ``BLOCK_TERMS`` terms.
+def take(x: Tensor, block: Block) -> Tensor:
+    """The part of a tensor that a block covers."""
+    for dim, start, length in block:
+        x = x.narrow(dim, start, length)
+    return x
+
+
+def blocks(logits: Tensor) -> Iterator[Block]:
+    """Cut (N, ..., K) into blocks.
 
     The dimension with the largest stride is cut first, so that a block is close together in memory
     whatever the layout. The class dimension stays whole: a label counts classes from its start.
     """
     if logits.numel() == 0:
         return
-    size = BLOCK_TERMS["cuda"]
+    most = BLOCK_TERMS["cuda"]
     if logits.device.type == "cpu":
-        size = BLOCK_TERMS["cpu"] * torch.get_num_threads()
-    yield from _cut(logits, tuple(slice(0, size) for size in logits.shape[:-1]), size)
+        most = BLOCK_TERMS["cpu"] * torch.get_num_threads()
+    size = min(most, max(SMALLEST_BLOCK, logits.numel() // BLOCKS))
+    yield from _cut(list(logits.shape), logits.stride(), (), size)
 
 
-def _cut(logits: Tensor, block: tuple[slice, ...], block_terms: int) -> Iterator[tuple[slice, ...]]:
-    sizes = [part.stop - part.start for part in block]
-    terms = logits.shape[-1]
-    for size in sizes:
-        terms *= size
-    dims = [dim for dim, size in enumerate(sizes) if size > 1]
+def _cut(
+    sizes: list[int], strides: tuple[int, ...], block: Block, block_terms: int
+) -> Iterator[Block]:
+    terms = math.prod(sizes)
+    dims = [dim for dim, size in enumerate(sizes[:-1]) if size > 1]
     if terms <= block_terms or not dims:
         yield block
         return
-    dim = max(dims, key=logits.stride)
+    dim = max(dims, key=lambda dim: strides[dim])
     step = max(1, block_terms * sizes[dim] // terms)
-    for start in range(block[dim].start, block[dim].stop, step):
-        part = slice(start, min(start + step, block[dim].stop))
-        yield from _cut(logits, (*block[:dim], part, *block[dim + 1 :]), block_terms)
+    for start in range(0, sizes[dim], step):
+        length = min(step, sizes[dim] - start)
+        part = [*sizes[:dim], length, *sizes[dim + 1 :]]
+        yield from _cut(part, strides, (*block, (dim, start, length)), block_terms)

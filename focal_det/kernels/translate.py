@@ -200,6 +200,9 @@ def _statements(terms: Terms, foreground: bool) -> list[str]:
         else:
             name = f"t{len(names)}"
             lines.append(f"{name} = {_expression(node, names)}")
+            if _operation(node).endswith("_"):  # in place: whoever holds the tensor sees it
+                changed = names[node.args[0]]
+                names.update({other: name for other, n in names.items() if n == changed})
             names[node] = name
     return lines
 
@@ -218,7 +221,8 @@ def _trace(terms: Terms, foreground: bool) -> torch.fx.Graph:
 
 
 def _expression(node: Node, names: dict[Node, str]) -> str:
-    name = str(node.target).split(".")[1]  # aten.<name>.<overload>
+    name = _operation(node)
+    name = name.rstrip("_") if name not in EXPRESSIONS else name
     if name == "expand":  # a constant, of which one number stands for all
         return _operand(node.args[0], names)
     if name not in EXPRESSIONS:
@@ -228,6 +232,10 @@ def _expression(node: Node, names: dict[Node, str]) -> str:
         arguments = [_number(x, argument) for x, argument in zip(node.args, arguments, strict=True)]
     keywords = {} if name in CONSTANTS else node.kwargs
     return EXPRESSIONS[name](*arguments, **keywords)
+
+
+def _operation(node: Node) -> str:
+    return str(node.target).split(".")[1]  # aten.<operation>.<overload>
 
 
 def _operand(x: Any, names: dict[Node, str]) -> Any:

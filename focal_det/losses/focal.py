@@ -50,5 +50,5 @@ class FocalLoss(ElementwiseLoss):
             # From log(1 - p_t) = log(p_t) - x_t: a power of 1 - p_t would be 0^gamma once that
             # underflows, whose derivative is infinite for gamma < 1.
             modulator = (-self.gamma * (minus_log_p + x_t)).exp()
-        slope = torch.addcmul(miss, p_t, minus_log_p, value=self.gamma) * -modulator
+        slope = torch.addcmul(miss, p_t, minus_log_p, value=self.gamma).mul_(modulator).neg_()
         return modulator * minus_log_p, slope

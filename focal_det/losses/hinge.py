@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from .contract import ElementwiseLoss, check_in_range
-from .logistic import logistic
 from .registry import LOSS_REGISTRY
 
 
@@ -33,6 +32,8 @@ class HingeLoss(ElementwiseLoss):
 
     def value_and_slope(self, x_t: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
         """Hinge loss and its derivative by x_t, each of the shape of `x_t`."""
-        _, miss, p_t = logistic(-x_t)
+        p_t = x_t.sigmoid()
         margin = self.threshold - p_t
-        return margin.clamp(min=0), -p_t * miss * (margin > 0)
+        # 1 - p_t as a sigmoid of its own keeps its relative precision where p_t rounds to 1.
+        slope = -p_t * (-x_t).sigmoid()
+        return margin.clamp(min=0), slope.masked_fill_(margin <= 0, 0)

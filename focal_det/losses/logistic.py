@@ -18,6 +18,6 @@ def logistic(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     # e^-87 is the last whole power among the normal numbers of float32; log(1 + e^x) is x long
     # before.
-    exp = x.clamp(max=87.0).exp()
-    complement = (exp + 1).reciprocal()
+    exp = x.clamp(max=87.0).exp_()
+    complement = (exp + 1).reciprocal_()
     return torch.maximum(exp.log1p(), x), exp * complement, complement

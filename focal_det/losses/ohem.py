@@ -9,7 +9,8 @@ from torch import Tensor
 from torchvision.ops import nms
 from typing_extensions import Self
 
-from focal_det.kernels import LossSums, sum_terms_per_anchor
+from focal_det.kernels import LossSums, pick_anchors, sum_terms, sum_terms_per_anchor
+from focal_det.overlap import overlaps_any, sides
 
 from .contract import ClassificationLoss, check_in_range, join_levels
 from .cross_entropy import CrossEntropyLoss
@@ -89,11 +90,22 @@ class OHEMLoss(ClassificationLoss):
             logits[0].shape[-1],
         )
         sizes = [y.shape[1:].numel() for y in labels]
-        kept_labels = [
-            y.where(k.view(y.shape), -1)
-            for y, k in zip(labels, keep.split(sizes, dim=1), strict=True)
+        kept = [
+            level.view(y.shape).nonzero(as_tuple=True)
+            for y, level in zip(labels, keep.split(sizes, dim=1), strict=True)
         ]
-        return self.cross_entropy.per_image(logits, kept_labels, weights=weights)
+        rows = torch.cat([pick_anchors(x, i) for x, i in zip(logits, kept, strict=True)])
+        row_labels = torch.cat([y[i] for y, i in zip(labels, kept, strict=True)])
+        images = torch.cat([i[0] for i in kept])
+        sums = sum_terms(
+            terms,
+            rows.unsqueeze(1),  # a row as an image with one anchor
+            row_labels.unsqueeze(1),
+            None if weights is None else weights[images],
+            self.cross_entropy.impl,
+        )
+        none = sums.foreground.new_zeros(len(keep))
+        return LossSums(*(none.index_add(0, images, each) for each in sums))
 
     @torch.no_grad()
     def select(self, scores: Tensor, labels: Tensor, boxes: Tensor, num_classes: int) -> Tensor:
@@ -122,37 +134,58 @@ class OHEMLoss(ClassificationLoss):
     def _select_one(self, scores: Tensor, positive: Tensor, boxes: Tensor) -> Tensor:
         """Indices of the kept anchors of one image: scores (R,), positive (R,), boxes (R, 4).
 
-        Whether NMS keeps an anchor depends on harder anchors alone, so NMS over a prefix of the
-        anchors by falling score decides that prefix exactly as NMS over all would. The prefix
-        grows until it holds all that is to be kept.
+        Whether NMS keeps an anchor depends on harder anchors alone. So it runs over the hardest,
+        which decides those as NMS over all would; what overlaps with their survivors is out; then
+        over the hardest of what is left, until nothing more can be kept. For plain OHEM the first
+        round is enough, as a rule; 1:3 goes on until every positive is decided.
         """
-        scores, order = scores.sort(descending=True, stable=True)
-        positive, boxes = positive[order], boxes[order]
-        total, size = len(order), min(len(order), 8 * self.batch_size)
+        left = torch.arange(len(scores), device=scores.device)
+        survivors = left[:0]
+        rows = sides(boxes)
         while True:
-            survivors = nms(boxes[:size], scores[:size], self.nms_thresh)
-            kept, complete = self._take(
-                survivors, positive, all_positives=not positive[size:].any()
-            )
-            if complete or size == total:
-                return order[kept]
-            size = min(total, 4 * size)
+            hardest = left[_hardest(scores[left], 8 * self.batch_size)]
+            found = hardest[nms(boxes[hardest], scores[hardest], self.nms_thresh)]
+            survivors = torch.cat([survivors, found])
+            kept, wants_positives, wants_negatives = self._take(survivors, positive)
+            undecided = torch.ones_like(positive)
+            undecided[hardest] = False
+            left = left[undecided[left]]
+            if len(left) == 0 or not (wants_positives or wants_negatives):
+                return kept
+            left = left[~overlaps_any(rows[:, left], rows[:, found], self.nms_thresh)]
+            if not wants_negatives:
+                positives = left[positive[left]]
+                if len(positives) == 0:
+                    return kept
+                left = left[scores[left] >= scores[positives].min()]
 
-    def _take(
-        self, survivors: Tensor, positive: Tensor, all_positives: bool
-    ) -> tuple[Tensor, bool]:
-        """Take the minibatch from `survivors` (positions by falling score); is it the final one?"""
+    def _take(self, survivors: Tensor, positive: Tensor) -> tuple[Tensor, bool, bool]:
+        """Take the minibatch from anchors by falling score.
+
+        Returns:
+            Indices, and whether another positive, or another negative, could change them.
+        """
         if self.neg_pos_ratio == 0:
-            return survivors[: self.batch_size], len(survivors) >= self.batch_size
-        max_positives = math.floor(self.batch_size / (1 + self.neg_pos_ratio))
+            is_open = len(survivors) < self.batch_size
+            return survivors[: self.batch_size], is_open, is_open
         is_positive = positive[survivors]
-        positives = survivors[is_positive][:max_positives]
-        num_negatives = math.floor(self.neg_pos_ratio * len(positives)) if len(positives) else 1
-        negatives = survivors[~is_positive][:num_negatives]
-        enough_positives = len(positives) == max_positives or all_positives
-        return torch.cat([positives, negatives]), enough_positives and len(
-            negatives
-        ) == num_negatives
+        most = math.floor(self.batch_size / (1 + self.neg_pos_ratio))
+        positives, negatives = survivors[is_positive][:most], survivors[~is_positive]
+        quota = math.floor(self.neg_pos_ratio * len(positives)) if len(positives) else 1
+        wants_negatives = len(negatives) < max(1, math.floor(self.neg_pos_ratio * most))
+        return torch.cat([positives, negatives[:quota]]), len(positives) < most, wants_negatives
+
+
+def _hardest(scores: Tensor, size: int) -> Tensor:
+    """Indices of at least `size` highest scores, falling, equal ones by index.
+
+    All scores equal to the last one are taken, so that it is a prefix of the whole order.
+    """
+    index = torch.arange(len(scores), device=scores.device)
+    if size < len(scores):
+        # Not ">=", which NaN would fail.
+        index = (~(scores < scores.topk(size).values[-1])).nonzero().squeeze(1)
+    return index[scores[index].sort(descending=True, stable=True).indices]
 
 
 def _is_integer(value: object) -> bool:

@@ -11,7 +11,7 @@ import torch
 from detectron2.config import configurable
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.modeling.backbone import build_backbone
-from detectron2.modeling.box_regression import Box2BoxTransform, _dense_box_regression_loss
+from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch import META_ARCH_REGISTRY, RetinaNet
 from detectron2.structures import Boxes, ImageList, Instances
@@ -20,9 +20,14 @@ from torch import Tensor, nn
 
 from focal_det.config import check_model, describe
 from focal_det.losses import build_loss
-from focal_det.losses.contract import as_classification_loss
+from focal_det.losses.contract import as_classification_loss, join_levels
 
+from .anchors import AnchorCache
+from .assign import label_anchors
+from .box_loss import box_loss_per_image
+from .deferred import DeferredScalars
 from .head import build_dense_head
+from .inference import detect_single_image
 from .normalizer import LossNormalizer, build_normalizer
 
 if TYPE_CHECKING:
@@ -45,6 +50,8 @@ class FocalRetinaNet(RetinaNet):
             logits (R, K) and labels (R,) of one image at a time.
         normalizer: what both losses are divided by; see
             :class:`focal_det.modeling.LossNormalizer`.
+        impl: how `cls_loss` is computed, one of
+            :data:`focal_det.kernels.IMPLEMENTATIONS`; None for what it is set to.
         retinanet: the arguments of Detectron2's RetinaNet (``backbone``, ``head``,
             ``anchor_generator``, ``box2box_transform``, ``anchor_matcher``, ``num_classes``,
             ``pixel_mean``, ...). Its ``focal_loss_alpha`` and ``focal_loss_gamma`` are kept as
@@ -52,11 +59,18 @@ class FocalRetinaNet(RetinaNet):
 
     Raises:
         TypeError: `cls_loss` or `normalizer` is of another kind.
+        ValueError: an `impl` that the loss does not know.
+        RuntimeError: an `impl` that cannot be had on this machine.
     """
 
     @configurable
     def __init__(
-        self, *, cls_loss: nn.Module, normalizer: LossNormalizer, **retinanet: Any
+        self,
+        *,
+        cls_loss: nn.Module,
+        normalizer: LossNormalizer,
+        impl: str | None = None,
+        **retinanet: Any,
     ) -> None:
         if not isinstance(cls_loss, nn.Module):
             raise TypeError(f"cls_loss must be an nn.Module, got {type(cls_loss).__name__}")
@@ -67,7 +81,11 @@ class FocalRetinaNet(RetinaNet):
             )
         super().__init__(**retinanet)
         self.cls_loss = as_classification_loss(cls_loss)
+        if impl is not None:
+            self.cls_loss.use(impl)
         self.normalizer = normalizer
+        self._anchors = AnchorCache()
+        self._scalars, self._class_range = DeferredScalars(), DeferredScalars()
 
     @classmethod
     def from_config(cls, cfg: "CfgNode") -> dict[str, Any]:
@@ -141,7 +159,7 @@ class FocalRetinaNet(RetinaNet):
         """
         self._check_classes(gt_instances)
         logits, deltas = predictions
-        anchors = self.anchor_generator(features)
+        anchors = self._cached_anchors(features)
         gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
         return self.losses(
             anchors,
@@ -153,12 +171,44 @@ class FocalRetinaNet(RetinaNet):
 
     def _check_classes(self, gt_instances: list[Instances]) -> None:
         classes = torch.cat([instances.gt_classes for instances in gt_instances])
-        wrong = classes[(classes < 0) | (classes >= self.num_classes)]
-        if len(wrong) > 0:
-            raise ValueError(
-                f"gt_classes holds {int(wrong[0])}, allowed is 0..{self.num_classes - 1} "
-                f"(MODEL.RETINANET.NUM_CLASSES = {self.num_classes}; background is not counted)"
+        if len(classes) == 0:
+            return
+        for extremes in self._class_range.exchange({"min": classes.min(), "max": classes.max()}):
+            wrong = [int(x) for x in extremes.values() if not 0 <= x < self.num_classes]
+            if wrong:
+                raise ValueError(
+                    f"gt_classes holds {wrong[0]}, allowed is 0..{self.num_classes - 1} "
+                    f"(MODEL.RETINANET.NUM_CLASSES = {self.num_classes}; background is not counted)"
+                )
+
+    def label_anchors(
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Class and box that each anchor is trained on; see Detectron2's method of this name.
+
+        Args:
+            anchors: L levels of Hi x Wi x A anchors.
+            gt_instances: N entries with ``gt_boxes`` and ``gt_classes``.
+
+        Returns:
+            N tensors (R,) of labels, ``0..K-1`` foreground, ``K`` background, ``-1`` ignored, and N
+            tensors (R, 4) of matched boxes, which mean something for foreground anchors only.
+        """
+        if type(self.anchor_matcher) is not Matcher:
+            return super().label_anchors(anchors, gt_instances)
+        all_anchors = Boxes.cat(anchors).tensor
+        matched = [
+            label_anchors(
+                all_anchors,
+                instances.gt_boxes.tensor,
+                instances.gt_classes,
+                self.num_classes,
+                self.anchor_matcher,
             )
+            for instances in gt_instances
+        ]
+        gt_labels, gt_boxes = zip(*matched, strict=True)
+        return list(gt_labels), list(gt_boxes)
 
     def losses(
         self,
@@ -192,45 +242,30 @@ class FocalRetinaNet(RetinaNet):
             for level, x in zip(labels.split(sizes, dim=1), pred_logits, strict=True)
         ]
         boxes = self._decode(anchors, pred_anchor_deltas) if self.cls_loss.needs_boxes else None
-        cls_sums = self.cls_loss.per_image(pred_logits, level_labels, boxes)
-        box_sums = self._box_loss_per_image(anchors, pred_anchor_deltas, gt_boxes, is_foreground)
+        weights = 1 / divisors
+        cls_sums = self.cls_loss.per_image(pred_logits, level_labels, boxes, weights)
+        box_sums = box_loss_per_image(
+            Boxes.cat(anchors).tensor,
+            join_levels(pred_anchor_deltas, trailing=1),
+            torch.stack(gt_boxes),
+            is_foreground,
+            self.box2box_transform,
+            self.box_reg_loss_type,
+            self.smooth_l1_beta,
+        )
+        loss_cls = cls_sums.total.sum()
 
-        loss_cls = (cls_sums.total / divisors).sum()
         # Names without "loss", so that Detectron2's console line stays as short as it was.
         scalars = {"num_pos_anchors": num_foreground.float().mean()}
         if cls_sums.foreground is not None:
-            foreground = (cls_sums.foreground / divisors).sum()
+            foreground = cls_sums.foreground.sum()
             scalars["classification/foreground"] = foreground
             scalars["classification/background"] = loss_cls.detach() - foreground
         storage = get_event_storage()
-        values = torch.stack([value.float() for value in scalars.values()]).tolist()  # one sync
-        for name, value in zip(scalars, values, strict=True):
-            storage.put_scalar(name, value)
-        return {"loss_cls": loss_cls, "loss_box_reg": (box_sums / divisors).sum()}
-
-    def _box_loss_per_image(
-        self,
-        anchors: list[Boxes],
-        deltas: list[Tensor],
-        gt_boxes: list[Tensor],
-        is_foreground: Tensor,
-    ) -> Tensor:
-        """Box regression loss of each image's foreground anchors, (N,)."""
-        flat = [x.flatten(1, -2) for x in deltas]  # (N, Hi x Wi x A, 4)
-        return torch.stack(
-            [
-                _dense_box_regression_loss(
-                    anchors,
-                    self.box2box_transform,
-                    [x[i : i + 1] for x in flat],
-                    [gt_boxes[i]],
-                    is_foreground[i : i + 1],
-                    box_reg_loss_type=self.box_reg_loss_type,
-                    smooth_l1_beta=self.smooth_l1_beta,
-                )
-                for i in range(len(gt_boxes))
-            ]
-        )
+        for arrived in self._scalars.exchange(scalars):
+            for name, value in arrived.items():
+                storage.put_scalar(name, value)
+        return {"loss_cls": loss_cls, "loss_box_reg": (box_sums * weights).sum()}
 
     @torch.no_grad()
     def _decode(self, anchors: list[Boxes], deltas: list[Tensor]) -> list[Tensor]:
@@ -241,6 +276,52 @@ class FocalRetinaNet(RetinaNet):
             ).view(x.shape)
             for level, x in zip(anchors, deltas, strict=True)
         ]
+
+    def forward_inference(
+        self, images: ImageList, features: list[Tensor], predictions: list[list[Tensor]]
+    ) -> list[Instances]:
+        """Detections of each image, Detectron2's to the bit; the predictions stay as they were.
+
+        Args:
+            images: the batch.
+            features: L feature maps, (N, C, Hi, Wi).
+            predictions: see :meth:`forward_training`.
+        """
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            anchors = self.anchor_generator(features)
+        else:
+            if type(self).inference_single_image is not RetinaNet.inference_single_image:
+                # A subclass that changes a step gets all of Detectron2's steps.
+                return self._detectron2_inference(images, features, predictions)
+            anchors = self._cached_anchors(features)
+        logits, deltas = predictions
+        results: list[Instances] = []
+        for index, image_size in enumerate(images.image_sizes):
+            results.append(
+                detect_single_image(
+                    anchors,
+                    [x[index] for x in logits],
+                    [x[index] for x in deltas],
+                    image_size,
+                    self.num_classes,
+                    self.box2box_transform,
+                    self.test_score_thresh,
+                    self.test_topk_candidates,
+                    self.test_nms_thresh,
+                    self.max_detections_per_image,
+                )
+            )
+        return results
+
+    @torch.jit.unused
+    def _detectron2_inference(
+        self, images: ImageList, features: list[Tensor], predictions: list[list[Tensor]]
+    ) -> list[Instances]:
+        return RetinaNet.forward_inference(self, images, features, predictions)
+
+    @torch.jit.unused
+    def _cached_anchors(self, features: list[Tensor]) -> list[Boxes]:
+        return self._anchors(self.anchor_generator, features)
 
 
 def _view_per_anchor(predictions: Tensor, last: int) -> Tensor:

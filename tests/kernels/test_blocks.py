@@ -75,8 +75,8 @@ def test_blocks_tile_the_tensor(
     logits = torch.zeros(2, 5, 7, 4).permute(order)
     seen = torch.zeros(logits.shape[:-1])
     for block in blocks.blocks(logits):
-        seen[block] += 1
-        part = logits[block]
+        blocks.take(seen, block).add_(1)
+        part = blocks.take(logits, block)
         assert part.numel() <= max(block_terms, logits.shape[-1])
     assert (seen == 1).all()
 
@@ -88,26 +88,34 @@ def test_blocks_are_as_large_as_they_may_be(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_block_lies_together_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """(1, A K, H, W) read as (1, H, W, A, K) is cut along A, its largest stride."""
+    """(1, A K, H, W) read as (1, H, W, A, K) is cut along A (dimension 3), its largest stride."""
     monkeypatch.setitem(blocks.BLOCK_TERMS, "cpu", 4 * 5 * 6)
     view = torch.zeros(1, 3, 4, 5, 6).permute(0, 3, 4, 1, 2)
-    whole = (slice(0, 1), slice(0, 5), slice(0, 6))
-    assert list(blocks.blocks(view)) == [(*whole, slice(a, a + 1)) for a in range(3)]
+    assert list(blocks.blocks(view)) == [((3, a, 1),) for a in range(3)]
+
+
+def test_blocks_are_a_small_part_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large a block may be, 800 terms are cut into eight, but not into crumbs."""
+    monkeypatch.setitem(blocks.BLOCK_TERMS, "cpu", 1 << 20)
+    monkeypatch.setattr(blocks, "SMALLEST_BLOCK", 100)
+    assert len(list(blocks.blocks(torch.zeros(1, 200, 4)))) == 8
+    monkeypatch.setattr(blocks, "SMALLEST_BLOCK", 400)
+    assert len(list(blocks.blocks(torch.zeros(1, 200, 4)))) == 2
 
 
 def test_no_temporary_of_the_size_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss function never sees more than a block."""
+    """The loss sees a block, or the one term of each anchor that may have y = +1."""
     monkeypatch.setitem(blocks.BLOCK_TERMS, "cpu", 64)
-    largest = 0
+    largest = {True: 0, False: 0}
 
-    def watch(logits: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
-        nonlocal largest
-        largest = max(largest, logits.numel())
-        return weigh(logits, foreground)
+    def watch(x_t: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
+        largest[foreground] = max(largest[foreground], x_t.numel())
+        return weigh(x_t, foreground)
 
-    sum_terms(Terms(watch, None), *inputs(2, 50, 3))
-    sum_terms_per_anchor(Terms(watch, None), *inputs(2, 50, 3))
-    assert 0 < largest <= 64
+    for run in (sum_terms, sum_terms_per_anchor):
+        largest.update({True: 0, False: 0})
+        run(Terms(watch, None), *inputs(2, 50, 8))
+        assert largest == {True: 2 * 50, False: 64}
 
 
 def test_gradient_of_a_weighted_sum_of_images() -> None:

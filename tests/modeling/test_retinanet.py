@@ -197,9 +197,9 @@ def test_low_precision_autocast_keeps_the_loss_in_float32(small_cfg, make_batch)
 
 def test_only_losses_that_ask_get_boxes(small_cfg, make_batch):
     class Recorder(ClassificationLoss):
-        def per_image(self, logits, labels, boxes=None):
+        def per_image(self, logits, labels, boxes=None, weights=None):
             self.boxes = boxes
-            return FocalLoss().per_image(logits, labels)
+            return FocalLoss().per_image(logits, labels, weights=weights)
 
     arguments = {**FocalRetinaNet.from_config(small_cfg), "normalizer": BatchNormalizer()}
     for needs_boxes in (False, True):
