@@ -5,14 +5,15 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test format lint docs clean
+.PHONY: help install demo test format lint docs benchmark clean
 
 help:
 	@echo "make demo     install, make the digits data, train with four losses, write a report"
 	@echo "make test     install and run the tests"
 	@echo "make lint     formatter check, linter, type checker"
 	@echo "make format   format the code"
-	@echo "make docs     regenerate the tables in README.md"
+	@echo "make docs     regenerate the tables in README.md and docs/performance.md"
+	@echo "make benchmark  measure the losses and the models on this machine, then make docs"
 
 install: $(INSTALLED)
 
@@ -46,6 +47,11 @@ format: $(INSTALLED)
 	$(RUN) -m ruff check --fix .
 
 docs: $(INSTALLED)
+	$(RUN) tools/docs.py
+
+benchmark: $(INSTALLED)
+	$(RUN) tools/benchmark_losses.py
+	$(RUN) tools/benchmark_model.py
 	$(RUN) tools/docs.py
 
 clean:

@@ -22,7 +22,7 @@ class AnchorCache:
 
     def __init__(self, max_sizes: int = 16) -> None:
         self.max_sizes = max_sizes
-        self._kept: OrderedDict[Any, list[Boxes]] = OrderedDict()
+        self._kept: OrderedDict[Any, tuple[list[Boxes], list[Tensor]]] = OrderedDict()
 
     def __call__(self, anchor_generator: nn.Module, features: list[Tensor]) -> list[Boxes]:
         """What ``anchor_generator(features)`` returns.
@@ -38,19 +38,26 @@ class AnchorCache:
             or torch.compiler.is_compiling()
         ):
             return anchor_generator(features)
+        buffers = list(anchor_generator.buffers())
         key = (
             tuple(feature.shape[-2:] for feature in features),
             # The generator's own anchors, which may be moved to a device or replaced.
-            tuple((x.device, x.data_ptr(), x._version) for x in anchor_generator.buffers()),
+            tuple((x.device, x.data_ptr(), _version(x)) for x in buffers),
             # Tensors made in inference mode cannot take part in training.
             torch.is_inference_mode_enabled(),
         )
         if key not in self._kept:
-            self._kept[key] = anchor_generator(features)
+            # The buffers too, so that no other tensor takes their address.
+            self._kept[key] = anchor_generator(features), buffers
             if len(self._kept) > self.max_sizes:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
-        return self._kept[key]
+        return self._kept[key][0]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"max_sizes": self.max_sizes, "_kept": OrderedDict()}
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor was changed in place; inference tensors do not count it."""
+    return 0 if x.is_inference() else x._version

@@ -47,7 +47,7 @@ def box_loss_per_image(
     """
     num_images, num_anchors = is_foreground.shape
     foreground = is_foreground.flatten()
-    if foreground.device.type == "cpu":
+    if _can_pick(foreground.device):
         rows = foreground.nonzero().squeeze(1)
     else:
         rows = torch.arange(len(foreground), device=foreground.device)
@@ -55,7 +55,9 @@ def box_loss_per_image(
     sources = anchors[rows % num_anchors]  # (P, 4)
     # An anchor without a box gets itself for a target: finite, whatever it is multiplied with.
     targets = gt_boxes.flatten(0, 1)[rows].where(counts[:, None], sources)
-    deltas = deltas.flatten(0, 1)[rows]
+    # What it predicts is put aside before anything is computed: a gradient of 0 times infinity, as
+    # far back as that may be, would be NaN.
+    deltas = deltas.flatten(0, 1)[rows].where(counts[:, None], 0)
 
     if box_reg_loss_type == "smooth_l1":
         encoded = _encode(box2box_transform, sources, targets)
@@ -69,9 +71,14 @@ def box_loss_per_image(
             f"{', '.join(IOU_LOSSES)}, got {box_reg_loss_type!r}"
         )
     losses = losses.where(counts, 0)
-    if foreground.device.type == "cpu":
+    if _can_pick(foreground.device):
         return losses.new_zeros(num_images).index_add(0, rows // num_anchors, losses)
     return losses.view(num_images, num_anchors).sum(1)
+
+
+def _can_pick(device: torch.device) -> bool:
+    """Whether rows can be picked without waiting for the device."""
+    return device.type == "cpu"
 
 
 def _encode(transform: Box2BoxTransform, sources: Tensor, targets: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def detect_single_image(
         scores.append(level_scores)
         classes.append(level_classes)
     all_boxes, all_scores, all_classes = torch.cat(boxes), torch.cat(scores), torch.cat(classes)
-    # The suppression takes float32 only. Where scores are lower, Detectron2's own inference fails.
+    # The suppression wants boxes and scores of one dtype, and boxes are float32.
     keep = batched_nms(all_boxes, all_scores.float(), all_classes, nms_thresh)[:max_detections]
     return Instances(
         image_size,

@@ -290,8 +290,7 @@ class FocalRetinaNet(RetinaNet):
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             anchors = self.anchor_generator(features)
         else:
-            if type(self).inference_single_image is not RetinaNet.inference_single_image:
-                # A subclass that changes a step gets all of Detectron2's steps.
+            if self._changes_inference():
                 return self._detectron2_inference(images, features, predictions)
             anchors = self._cached_anchors(features)
         logits, deltas = predictions
@@ -312,6 +311,21 @@ class FocalRetinaNet(RetinaNet):
                 )
             )
         return results
+
+    @torch.jit.unused
+    def _changes_inference(self) -> bool:
+        """Whether a subclass, or this detector alone, has a step of Detectron2's of its own.
+
+        It then gets all of Detectron2's steps.
+        """
+        return any(
+            getattr(getattr(self, step), "__func__", None) is not getattr(RetinaNet, step)
+            for step in (
+                "inference_single_image",
+                "_decode_multi_level_predictions",
+                "_decode_per_level_predictions",
+            )
+        )
 
     @torch.jit.unused
     def _detectron2_inference(
