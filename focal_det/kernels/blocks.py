@@ -115,22 +115,22 @@ def _per_anchor(
     factors = None
     if grad is not None and weights is not None:
         factors = weights.view(-1, *[1] * labels.dim())
+        background = (factors * -terms.background).expand_as(is_own).masked_fill(ignored, 0)
     for block in blocks(logits):
-        x, classes, is_one, no_loss = (take(t, block) for t in (logits, own_class, is_own, ignored))
+        x, classes, is_one = (take(t, block) for t in (logits, own_class, is_own))
         value, slope = terms.value_and_slope(-x.to(own_logits.dtype), False)
         value = _writable(value, slope, x)
         value.scatter_(-1, classes, value.gather(-1, classes).masked_fill_(is_one, 0))
         torch.sum(value, -1, out=take(sums, block))
         if grad is not None and factors is not None:
-            part = take(grad, block)
-            images = tuple(cut for cut in block if cut[0] == 0)
-            torch.mul(slope, take(factors, images) * -terms.background, out=part)
-            part.masked_fill_(no_loss, 0)
-    sums.mul_(terms.background).masked_fill_(ignored.squeeze(-1), 0).add_(own_value)
-
+            torch.mul(slope, take(background, block), out=take(grad, block))
     if grad is not None and factors is not None:
+        # 0 times infinity is not 0. On a CPU it can be seen whether there was any.
+        if logits.device.type != "cpu" or not bool(sums.isfinite().all()):
+            grad.masked_fill_(ignored, 0)
         own_slope = (own_slope * (factors * terms.foreground)).to(grad.dtype)
         grad.scatter_(-1, own_class, own_slope.where(is_own, grad.gather(-1, own_class)))
+    sums.mul_(terms.background).masked_fill_(ignored.squeeze(-1), 0).add_(own_value)
     return sums, own_value
 
 

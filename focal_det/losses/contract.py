@@ -102,7 +102,9 @@ def check_inputs(logits: Tensor, labels: Tensor, boxes: Tensor | None = None) ->
             f"{(*labels.shape, 4)}, got {tuple(boxes.shape)}"
         )
     num_classes = logits.shape[-1]
-    if labels.numel() > 0:
+    # What is captured into a CUDA graph cannot be looked at.
+    hidden = labels.is_cuda and torch.cuda.is_current_stream_capturing()
+    if labels.numel() > 0 and not hidden:
         low, high = (int(x) for x in torch.aminmax(labels))
         if low < -1 or high > num_classes:
             raise ValueError(
@@ -152,6 +154,9 @@ class ClassificationLoss(nn.Module, ABC):
     @torch.jit.unused  # so that a detector that holds a loss can be scripted for deployment
     def forward(self, logits: Tensor, labels: Tensor, boxes: Tensor | None = None) -> Tensor:
         """Sum of the loss over all anchors that are not ignored.
+
+        On a GPU the check of the labels waits for the device; :meth:`per_image`, which detectors
+        call, checks nothing and waits for nothing.
 
         Args:
             logits: (..., K) float32, float16 or bfloat16, any strides.
