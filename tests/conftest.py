@@ -6,12 +6,16 @@ import os
 # a busy core cost ten times the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
+# Before Triton, which detectron2 imports. Its kernels are tested where there is no GPU, too.
+os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
+
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.structures import Boxes, Instances
 

@@ -67,7 +67,7 @@ def scale(grad: Tensor, factors: Tensor, in_place: bool) -> Tensor:
     On a GPU the factors are not looked at, since that would wait for the device.
     """
     if factors.device.type == "cpu" and bool((factors == 1).all()):
-        return grad
+        return grad if in_place else grad.clone()
     factors = factors.view(-1, *[1] * (grad.dim() - 1))
     return grad.mul_(factors) if in_place else (grad * factors).to(grad.dtype)
 
@@ -82,17 +82,15 @@ def elementwise_terms(terms: Terms, logits: Tensor, labels: Tensor) -> tuple[Ten
         Two tensors (..., K) in float32 or better, 0 for ignored anchors.
     """
     x = logits.to(accurate(logits.dtype))
-    value, slope = terms.value_and_slope(-x, False)
-    own_class, is_own = _own(labels, logits.shape[-1])
-    own_value, own_slope = terms.value_and_slope(x.gather(-1, own_class), True)
+    value, slope = terms.value_and_slope(x, False)
+    own = _Own(terms, logits, labels)
     results = []
-    for each, own, background, foreground in (
-        (value, own_value, terms.background, terms.foreground),
-        (slope, own_slope, -terms.background, terms.foreground),
+    for each, of_own in (
+        (value * terms.background, own.value),
+        (slope * terms.background, own.slope),
     ):
-        each = each * background
-        own = (own * foreground).where(is_own, each.gather(-1, own_class))
-        each = each.scatter(-1, own_class, own)
+        of_own = of_own.where(own.exists, each.gather(-1, own.classes))
+        each = each.scatter(-1, own.classes, of_own)
         results.append(each.masked_fill(labels.unsqueeze(-1) < 0, 0))
     return results[0], results[1]
 
@@ -102,42 +100,97 @@ def _per_anchor(
 ) -> tuple[Tensor, Tensor]:
     """Sum over the classes of each anchor (N, ...), and the part of it with y = +1.
 
-    All terms are computed as background, then the one term of each foreground anchor that is not
-    is put in its place: no one-hot target, no boolean indexing.
+    All terms are computed as background; the terms of foreground anchors are then put right: no
+    one-hot target. A CPU picks those anchors and computes them once more; a GPU, which would have
+    to be waited for, puts each block right as it goes.
     """
-    ignored = (labels < 0).unsqueeze(-1)
-    own_class, is_own = _own(labels, logits.shape[-1])
-    own_logits = logits.gather(-1, own_class).to(accurate(logits.dtype))
-    own_value, own_slope = terms.value_and_slope(own_logits, True)
-    own_value = (own_value * terms.foreground).where(is_own, 0).squeeze(-1)
-
-    sums = torch.empty(labels.shape, dtype=own_logits.dtype, device=logits.device)
-    factors = None
-    if grad is not None and weights is not None:
-        factors = weights.view(-1, *[1] * labels.dim())
-        background = (factors * -terms.background).expand_as(is_own).masked_fill(ignored, 0)
+    work = accurate(logits.dtype)
+    own = None if _can_pick(logits.device) else _Own(terms, logits, labels)
+    sums = torch.empty(labels.shape, dtype=work, device=logits.device)
+    factors = None if weights is None else weights.view(-1, *[1] * labels.dim())
     for block in blocks(logits):
-        x, classes, is_one = (take(t, block) for t in (logits, own_class, is_own))
-        value, slope = terms.value_and_slope(-x.to(own_logits.dtype), False)
-        value = _writable(value, slope, x)
-        value.scatter_(-1, classes, value.gather(-1, classes).masked_fill_(is_one, 0))
+        x = take(logits, block)
+        value, slope = terms.value_and_slope(x.to(work), False)
+        if own is not None:
+            value = own.leave_out(_writable(value, slope, x), block)
         torch.sum(value, -1, out=take(sums, block))
         if grad is not None and factors is not None:
-            torch.mul(slope, take(background, block), out=take(grad, block))
-    if grad is not None and factors is not None:
-        # 0 times infinity is not 0. On a CPU it can be seen whether there was any.
-        if logits.device.type != "cpu" or not bool(sums.isfinite().all()):
-            grad.masked_fill_(ignored, 0)
-        own_slope = (own_slope * (factors * terms.foreground)).to(grad.dtype)
-        grad.scatter_(-1, own_class, own_slope.where(is_own, grad.gather(-1, own_class)))
-    sums.mul_(terms.background).masked_fill_(ignored.squeeze(-1), 0).add_(own_value)
-    return sums, own_value
+            images = tuple(cut for cut in block if cut[0] == 0)
+            factor = take(factors, images) * terms.background
+            torch.mul(slope, factor, out=take(grad, block))
+
+    _leave_out_ignored(labels < 0, sums, grad)
+    sums.mul_(terms.background)
+    foreground = torch.zeros_like(sums)
+    if own is not None:
+        own.put(foreground, factors, grad)
+    else:
+        _put_picked(terms, logits, labels, sums, foreground, weights, grad)
+    return sums.add_(foreground), foreground
 
 
-def _own(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """The class of each anchor (..., 1), any valid one where it has none, and whether it has."""
-    labels = labels.unsqueeze(-1)
-    return labels.clamp(0, num_classes - 1).long(), (labels >= 0) & (labels < num_classes)
+def _can_pick(device: torch.device) -> bool:
+    """Whether anchors can be picked without waiting for the device."""
+    return device.type == "cpu"
+
+
+def _leave_out_ignored(ignored: Tensor, sums: Tensor, grad: Tensor | None) -> None:
+    sums.masked_fill_(ignored, 0)
+    if grad is None:
+        return
+    # As a rule they are few, and picking them spares a CPU a pass over all.
+    if _can_pick(ignored.device) and int(ignored.count_nonzero()) * 16 < ignored.numel():
+        grad[ignored.nonzero(as_tuple=True)] = 0
+    else:
+        grad.masked_fill_(ignored.unsqueeze(-1), 0)
+
+
+def _put_picked(
+    terms: Terms,
+    logits: Tensor,
+    labels: Tensor,
+    sums: Tensor,
+    foreground: Tensor,
+    weights: Tensor | None,
+    grad: Tensor | None,
+) -> None:
+    """Put the foreground anchors right: `sums` and `foreground` (N, ...), `grad` (N, ..., K)."""
+    index = ((labels >= 0) & (labels < logits.shape[-1])).nonzero(as_tuple=True)
+    classes = labels[index].long().unsqueeze(1)  # (P, 1)
+    x = logits[index].to(sums.dtype)  # (P, K)
+    value, slope = terms.value_and_slope(x, False)
+    value = _writable(value, slope, x).scatter_(1, classes, 0)
+    own_value, own_slope = terms.value_and_slope(-x.gather(1, classes), True)
+    sums[index] = value.sum(1) * terms.background
+    foreground[index] = own_value.squeeze(1) * terms.foreground
+    if grad is not None and weights is not None:
+        own_slope = own_slope.squeeze(1) * (weights[index[0]] * -terms.foreground)
+        grad[(*index, classes.squeeze(1))] = own_slope.to(grad.dtype)
+
+
+class _Own:
+    """The one term of each anchor that has y = +1, if it has one: of all anchors, for a GPU."""
+
+    def __init__(self, terms: Terms, logits: Tensor, labels: Tensor) -> None:
+        labels = labels.unsqueeze(-1)
+        self.classes = labels.clamp(0, logits.shape[-1] - 1).long()  # (N, ..., 1)
+        self.exists = (labels >= 0) & (labels < logits.shape[-1])
+        x = logits.gather(-1, self.classes).to(accurate(logits.dtype))
+        value, slope = terms.value_and_slope(-x, True)
+        self.value, self.slope = value * terms.foreground, slope * -terms.foreground
+
+    def leave_out(self, value: Tensor, block: Block) -> Tensor:
+        """Set these terms to 0 in a block of terms that were computed as background."""
+        classes, exists = take(self.classes, block), take(self.exists, block)
+        return value.scatter_(-1, classes, value.gather(-1, classes).masked_fill_(exists, 0))
+
+    def put(self, foreground: Tensor, factors: Tensor | None, grad: Tensor | None) -> None:
+        """Write their values (N, ...), and their slopes into the gradient (N, ..., K)."""
+        foreground.copy_(self.value.where(self.exists, 0).squeeze(-1))
+        if grad is not None and factors is not None:
+            slope = (self.slope * factors).to(grad.dtype)
+            slope = slope.where(self.exists, grad.gather(-1, self.classes))
+            grad.scatter_(-1, self.classes, slope)
 
 
 def _writable(value: Tensor, *others: Tensor) -> Tensor:

@@ -68,6 +68,8 @@ def sum_terms(
         with full_precision(logits):
             return LossSums(*eager.sum_terms(terms, logits, labels, weights))
     fused = choose(impl, terms, logits)
+    if not torch.is_grad_enabled():  # which a function of its own is not told
+        logits = logits.detach()
     return LossSums(*_SumTerms.apply(logits, labels, weights, terms, fused))
 
 

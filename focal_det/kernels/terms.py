@@ -19,10 +19,12 @@ class Terms:
     """A loss, stated once: all operations are generic over it.
 
     Attributes:
-        value_and_slope: ``(x_t, foreground) -> (value, derivative by x_t)``, elementwise on
-            tensors of any shape in float32 or better. `foreground` says whether these are the
+        value_and_slope: ``(z, foreground) -> (value, derivative by z)``, elementwise on tensors of
+            any shape in float32 or better, where z = -x_t: nearly all terms have y = -1, and for
+            those z is the logit as it lies in memory. `foreground` says whether these are the
             terms with y = +1.
-        value: the value alone, by operations that autograd can differentiate any number of times.
+        value: ``(x_t, foreground) -> value``, by operations that autograd can differentiate any
+            number of times.
         background: weight of the terms with y = -1.
         foreground: weight of the terms with y = +1.
         key: equal for terms that compute the same function, so that what was compiled for one

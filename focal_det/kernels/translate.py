@@ -5,6 +5,7 @@ only a value, and each traced operation becomes a line of Triton. So a loss of a
 the same kernel as ours, and nothing is stated twice.
 """
 
+import functools
 import hashlib
 import linecache
 import math
@@ -69,16 +70,18 @@ def _clamp(x: str, low: str | None = None, high: str | None = None) -> str:
 
 
 def _power(x: str, exponent: str) -> str:
-    whole = {"1.0": 1, "2.0": 2, "3.0": 3, "4.0": 4}
-    if exponent in whole:
-        return " * ".join([x] * whole[exponent])
-    if exponent == "0.5":
+    try:
+        number = float(exponent)
+    except ValueError:  # a tensor
+        return f"tl.exp({exponent} * tl.log({x}))"
+    if number == 0.5:
         return f"tl.sqrt({x})"
-    return f"tl.exp({exponent} * tl.log({x}))"
-
-
-def _full(shape: Any, value: str, **_: Any) -> str:
-    return value
+    if number != int(number):
+        return f"tl.exp({exponent} * tl.log({x}))"
+    if abs(number) > 16:
+        raise RuntimeError(f"the loss uses a power of {exponent}, which has no translation")
+    product = " * ".join([x] * int(abs(number))) or "1.0"
+    return product if number >= 0 else f"1.0 / ({product})"
 
 
 def _same(x: str, *_: Any, **__: Any) -> str:
@@ -101,17 +104,15 @@ EXPRESSIONS: dict[str, Callable[..., str]] = {
     "bitwise_not": lambda x: f"({x} == 0)",
     "bitwise_or": _infix("|"),
     "clamp": _clamp,
-    "clamp_max": lambda x, high: _clamp(x, high=high),
-    "clamp_min": lambda x, low: _clamp(x, low=low),
     "clone": _same,
     "cos": _call("tl.cos"),
-    "detach": _same,
     "div": _infix("/"),
     "eq": _infix("=="),
     "exp": _call("tl.exp"),
     "expm1": _call("expm1"),
-    "full": _full,
-    "full_like": _full,
+    "copy": lambda _, source: source,
+    "full": lambda _, value: value,
+    "full_like": lambda _, value: value,
     "ge": _infix(">="),
     "gt": _infix(">"),
     "le": _infix("<="),
@@ -130,7 +131,7 @@ EXPRESSIONS: dict[str, Callable[..., str]] = {
     "reciprocal": lambda x: f"1.0 / {x}",
     "relu": lambda x: _clamp(x, low="0.0"),
     "rsqrt": lambda x: f"1.0 / tl.sqrt({x})",
-    "scalar_tensor": lambda value, **_: value,
+    "scalar_tensor": _same,
     "sigmoid": lambda x: f"1.0 / (1.0 + tl.exp(-{x}))",
     "sign": _call("sign"),
     "sin": _call("tl.sin"),
@@ -143,13 +144,15 @@ EXPRESSIONS: dict[str, Callable[..., str]] = {
 """Triton for each ATen operation (core operator set) that can stand in a formula."""
 
 ARITHMETIC = ("add", "sub", "mul", "div", "neg", "maximum", "minimum", "abs", "_to_copy")
-CONSTANTS = ("full", "full_like", "scalar_tensor", "_to_copy")
+LOGICAL = ("bitwise_and", "bitwise_not", "bitwise_or", "logical_and", "logical_not", "logical_or")
+MAKERS = ("full", "full_like", "scalar_tensor", "_to_copy")
+"""Whose keyword arguments say where and in what dtype a tensor is made."""
 
 HELPERS = {"log1p": log1p, "expm1": expm1, "tanh": tanh, "sign": sign}
 
 
 def device_function(terms: Terms) -> Any:
-    """Translate ``terms.value_and_slope`` into ``(x_t, FOREGROUND: constexpr) -> (value, slope)``.
+    """Translate ``terms.value_and_slope`` into ``(z, FOREGROUND: constexpr) -> (value, slope)``.
 
     Args:
         terms: the loss.
@@ -173,7 +176,7 @@ def device_function(terms: Terms) -> Any:
     # Triton keeps compiled kernels on disk by the names of the functions they are made of: a name
     # that says what is inside keeps two losses apart.
     name = "terms_" + hashlib.sha256(body.encode()).hexdigest()[:16]
-    source = f"def {name}(x_t, FOREGROUND: tl.constexpr):\n{body}\n"
+    source = f"def {name}(z, FOREGROUND: tl.constexpr):\n{body}\n"
     filename = f"<focal_det {name}>"
     # Triton reads the source of a function; this is where Python looks for what has no file.
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
@@ -183,20 +186,22 @@ def device_function(terms: Terms) -> Any:
 
 
 def _statements(terms: Terms, foreground: bool) -> list[str]:
-    """Lines that assign `value` and `slope` from `x_t`."""
+    """Lines that assign `value` and `slope` from `z`."""
     graph = _trace(terms, foreground)
     names: dict[Node, str] = {}
     lines = []
     for node in graph.nodes:
         if node.op == "placeholder":
-            names[node] = "x_t"
+            names[node] = "z"
         elif node.op == "output":
             results = [_operand(x, names) for x in node.args[0]]
             # Constants (no loss at all on one side) are spread over the block.
             lines += [
-                f"{n} = tl.zeros_like(x_t) + {x}"
+                f"{n} = tl.zeros_like(z) + {x}"
                 for n, x in zip(("value", "slope"), results, strict=True)
             ]
+        elif node.op != "call_function":
+            raise RuntimeError("the loss holds a tensor, which has no translation to Triton")
         else:
             name = f"t{len(names)}"
             lines.append(f"{name} = {_expression(node, names)}")
@@ -207,12 +212,17 @@ def _statements(terms: Terms, foreground: bool) -> list[str]:
     return lines
 
 
+@functools.cache
+def _decompositions() -> dict[Any, Any]:
+    return dict(core_aten_decompositions())
+
+
 def _trace(terms: Terms, foreground: bool) -> torch.fx.Graph:
-    def formula(x_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return terms.value_and_slope(x_t, foreground)
+    def formula(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return terms.value_and_slope(z, foreground)
 
     try:
-        tracer = make_fx(formula, dict(core_aten_decompositions()), tracing_mode="fake")
+        tracer = make_fx(formula, _decompositions(), tracing_mode="fake")
         traced = tracer(torch.zeros(2, 3))
     except Exception as error:  # whatever a formula of a user's does to a tracer
         raise RuntimeError(f"the loss cannot be traced for Triton: {error}") from error
@@ -230,8 +240,11 @@ def _expression(node: Node, names: dict[Node, str]) -> str:
     arguments = [_operand(x, names) for x in node.args]
     if name in ARITHMETIC:
         arguments = [_number(x, argument) for x, argument in zip(node.args, arguments, strict=True)]
-    keywords = {} if name in CONSTANTS else node.kwargs
-    return EXPRESSIONS[name](*arguments, **keywords)
+    if name in LOGICAL:
+        arguments = [_mask(x, argument) for x, argument in zip(node.args, arguments, strict=True)]
+    if name in MAKERS:
+        return _made(node, EXPRESSIONS[name](*arguments))
+    return EXPRESSIONS[name](*arguments, **node.kwargs)
 
 
 def _operation(node: Node) -> str:
@@ -244,6 +257,23 @@ def _operand(x: Any, names: dict[Node, str]) -> Any:
     if isinstance(x, int | float):
         return repr(float(x)) if math.isfinite(x) else f'float("{x}")'
     return x
+
+
+def _made(node: Node, expression: str) -> str:
+    """A constant, or a copy: everything is float32 or a mask."""
+    dtype = node.meta["val"].dtype
+    if _operation(node) != "_to_copy":
+        is_true = dtype == torch.bool and float(expression) != 0
+        mask = f"tl.zeros_like(z) {'==' if is_true else '!='} 0"
+        return mask if dtype == torch.bool else expression
+    if dtype not in (torch.float32, torch.bool):
+        raise RuntimeError(f"the loss converts to {dtype}, which has no translation to Triton")
+    return expression if dtype == torch.float32 else f"{expression} != 0"
+
+
+def _mask(x: Any, argument: str) -> str:
+    is_mask = isinstance(x, Node) and x.meta["val"].dtype == torch.bool
+    return argument if is_mask else f"({argument} != 0)"
 
 
 def _number(x: Any, argument: str) -> str:

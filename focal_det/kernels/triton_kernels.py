@@ -242,11 +242,11 @@ def _sum_kernel(
     # The one term of each anchor with y = +1.
     own_offsets = logit_offsets + label * logit_stride_k
     own_logit = tl.load(logit_ptr + own_offsets, mask=is_foreground, other=0.0).to(tl.float32)
-    own_value, own_slope = TERMS(own_logit, True)
+    own_value, own_slope = TERMS(-own_logit, True)
     own_value = tl.where(is_foreground, own_value * foreground, 0.0)
     if HAS_GRAD:
         weight = tl.load(weight_ptr + image)
-        own_slope = own_slope * (foreground * weight)
+        own_slope = own_slope * (-foreground * weight)
 
     # All others. Summed over classes at the end, since threads share a sum.
     sums = tl.zeros((BLOCK_ANCHORS, BLOCK_CLASSES), dtype=tl.float32)
@@ -255,12 +255,12 @@ def _sum_kernel(
         mask = inside[:, None] & (k < num_classes)[None, :]
         offsets = logit_offsets[:, None] + k[None, :].to(tl.int64) * logit_stride_k
         logit = tl.load(logit_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        value, slope = TERMS(-logit, False)
+        value, slope = TERMS(logit, False)
         is_own = label[:, None] == k[None, :]
         taken = mask & counts[:, None]
         sums += tl.where(taken & (is_own == 0), value * background, 0.0)
         if HAS_GRAD:
-            slope = tl.where(is_own, own_slope[:, None], slope * (-background * weight))
+            slope = tl.where(is_own, own_slope[:, None], slope * (background * weight))
             slope = tl.where(taken, slope, 0.0)
             tl.store(grad_ptr + offsets, slope.to(grad_ptr.dtype.element_ty), mask=mask)
 

@@ -37,7 +37,7 @@ __all__ = [
     "config_keys",
 ]
 
-MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
 """What every module has, and no formula depends on."""
 
 
@@ -230,9 +230,9 @@ class ClassificationLoss(nn.Module, ABC):
 class ElementwiseLoss(ClassificationLoss):
     """A loss that is a sum of one function over all terms.
 
-    A subclass states the function of x_t once, in :meth:`value_and_slope` (value and derivative)
-    or in :meth:`value` (the value alone; the derivative is then taken by autograd, block by
-    block). Sign, alpha weighting, ignored anchors, strides and precision are handled here.
+    A subclass states the function of x_t in :meth:`value`; the derivative is then taken by
+    autograd, block by block. Where a closed form is faster, :meth:`value_and_slope` states both.
+    Sign, alpha weighting, ignored anchors, strides and precision are handled here.
     """
 
     impl: str = "auto"
@@ -254,23 +254,27 @@ class ElementwiseLoss(ClassificationLoss):
         """
         if type(self).value_and_slope is ElementwiseLoss.value_and_slope:
             raise NotImplementedError(f"{type(self).__name__} needs value() or value_and_slope()")
-        return self.value_and_slope(x_t, foreground)[0]
+        return self.value_and_slope(-x_t, foreground)[0]
 
-    def value_and_slope(self, x_t: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
-        """Loss per term and its derivative by x_t, without the alpha weight.
+    def value_and_slope(self, z: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
+        """Loss per term and its derivative by z = -x_t, without the alpha weight.
+
+        The logit of the error 1 - p_t is z. Nearly all terms are background, whose z is the logit
+        itself: no operation is spent on a sign.
 
         Args:
-            x_t, foreground: see :meth:`value`.
+            z: float32 or better, any shape; must not be changed.
+            foreground: see :meth:`value`.
 
         Returns:
-            Two tensors of the shape of `x_t`, finite for ``|x_t| <= 1e4``.
+            Two tensors of the shape of `z`, finite for ``|z| <= 1e4``.
         """
         with torch.enable_grad():
-            x_t = x_t.detach().requires_grad_()
-            value = self.value(x_t, foreground)
+            z = z.detach().requires_grad_()
+            value = self.value(-z, foreground)
             if not value.requires_grad:  # constant, such as no loss at all for one side
                 return value, torch.zeros_like(value)
-            (slope,) = torch.autograd.grad(value, x_t, torch.ones_like(value))
+            (slope,) = torch.autograd.grad(value, z, torch.ones_like(value))
         return value.detach(), slope
 
     def terms(self) -> Terms:
@@ -282,7 +286,7 @@ class ElementwiseLoss(ClassificationLoss):
 
     def _settings(self) -> Hashable:
         """All that a formula can depend on, to tell compiled ones apart; None if not simple."""
-        if next(self.parameters(), None) is not None or next(self.buffers(), None) is not None:
+        if self._parameters or self._buffers or self._modules:
             return None
         own = {name: x for name, x in vars(self).items() if name not in MODULE_ATTRIBUTES}
         simple = all(isinstance(x, int | float | str | None) for x in own.values())

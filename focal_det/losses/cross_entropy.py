@@ -1,6 +1,7 @@
 """Cross entropy (CE)."""
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from .contract import ElementwiseLoss
 from .logistic import logistic
@@ -16,7 +17,11 @@ class CrossEntropyLoss(ElementwiseLoss):
     Logits (..., K), labels (...): see :class:`focal_det.losses.ClassificationLoss`.
     """
 
-    def value_and_slope(self, x_t: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
-        """CE and its derivative by x_t, each of the shape of `x_t`."""
-        minus_log_p, miss, _ = logistic(-x_t)
-        return minus_log_p, -miss
+    def value(self, x_t: Tensor, foreground: bool) -> Tensor:
+        """CE, of the shape of `x_t`."""
+        return -F.logsigmoid(x_t)
+
+    def value_and_slope(self, z: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
+        """CE and its derivative by z = -x_t, each of the shape of `z`."""
+        minus_log_p, miss, _ = logistic(z)
+        return minus_log_p, miss

@@ -1,7 +1,7 @@
 """Focal Loss (FL)."""
 
-import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .contract import ElementwiseLoss, check_in_range
 from .logistic import logistic
@@ -41,14 +41,18 @@ class FocalLoss(ElementwiseLoss):
         }
         return {name: detectron2.get(name, key) for name, key in super().config_keys().items()}
 
-    def value_and_slope(self, x_t: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
-        """FL and its derivative by x_t, each of the shape of `x_t`, without alpha_t."""
-        minus_log_p, miss, p_t = logistic(-x_t)
-        if self.gamma == 2:  # the paper's choice, at a third of the price
-            modulator = miss.square()
+    def value(self, x_t: Tensor, foreground: bool) -> Tensor:
+        """FL without alpha_t, of the shape of `x_t`."""
+        # (1 - p_t)^gamma from log(1 - p_t): a power of 1 - p_t would be 0^gamma once that
+        # underflows, whose derivative is infinite for gamma < 1.
+        return (self.gamma * F.logsigmoid(-x_t)).exp() * -F.logsigmoid(x_t)
+
+    def value_and_slope(self, z: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
+        """FL and its derivative by z = -x_t, each of the shape of `z`, without alpha_t."""
+        minus_log_p, miss, p_t = logistic(z)
+        if self.gamma in (0.5, 2):  # the paper's best, by a square (root), which costs less
+            modulator = miss.pow(self.gamma)
         else:
-            # From log(1 - p_t) = log(p_t) - x_t: a power of 1 - p_t would be 0^gamma once that
-            # underflows, whose derivative is infinite for gamma < 1.
-            modulator = (-self.gamma * (minus_log_p + x_t)).exp()
-        slope = torch.addcmul(miss, p_t, minus_log_p, value=self.gamma).mul_(modulator).neg_()
-        return modulator * minus_log_p, slope
+            modulator = (z - minus_log_p).mul_(self.gamma).exp_()  # log(1 - p_t) = z + log(p_t)
+        slope = miss.addcmul_(p_t, minus_log_p, value=self.gamma).mul_(modulator)
+        return modulator.mul_(minus_log_p), slope

@@ -1,6 +1,7 @@
 """The alternative form of the focal loss (FL*)."""
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from .contract import ElementwiseLoss, check_in_range
 from .logistic import logistic
@@ -33,7 +34,11 @@ class FocalLossStar(ElementwiseLoss):
         check_in_range(self, "beta", beta)
         self.gamma, self.beta = float(gamma), float(beta)
 
-    def value_and_slope(self, x_t: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
-        """FL* and its derivative by x_t, each of the shape of `x_t`, without alpha_t."""
-        minus_log_p, miss, _ = logistic(-self.gamma * x_t - self.beta)
-        return minus_log_p / self.gamma, -miss
+    def value(self, x_t: Tensor, foreground: bool) -> Tensor:
+        """FL* without alpha_t, of the shape of `x_t`."""
+        return -F.logsigmoid(self.gamma * x_t + self.beta) / self.gamma
+
+    def value_and_slope(self, z: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
+        """FL* and its derivative by z = -x_t, each of the shape of `z`, without alpha_t."""
+        minus_log_p, miss, _ = logistic((self.gamma * z).sub_(self.beta))
+        return minus_log_p.div_(self.gamma), miss

@@ -30,10 +30,14 @@ class HingeLoss(ElementwiseLoss):
         check_in_range(self, "threshold", threshold, 0.0, 1.0)
         self.threshold = float(threshold)
 
-    def value_and_slope(self, x_t: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
-        """Hinge loss and its derivative by x_t, each of the shape of `x_t`."""
-        p_t = x_t.sigmoid()
-        margin = self.threshold - p_t
+    def value(self, x_t: Tensor, foreground: bool) -> Tensor:
+        """Hinge loss, of the shape of `x_t`."""
+        return (self.threshold - x_t.sigmoid()).clamp(min=0)
+
+    def value_and_slope(self, z: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
+        """Hinge loss and its derivative by z = -x_t, each of the shape of `z`."""
+        p_t = (-z).sigmoid()
+        value = (self.threshold - p_t).clamp_(min=0)
         # 1 - p_t as a sigmoid of its own keeps its relative precision where p_t rounds to 1.
-        slope = -p_t * (-x_t).sigmoid()
-        return margin.clamp(min=0), slope.masked_fill_(margin <= 0, 0)
+        slope = z.sigmoid().mul_(p_t).mul_(value.sign())
+        return value, slope

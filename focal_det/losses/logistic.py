@@ -8,7 +8,8 @@ def logistic(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``log(1 + e^x)``, ``1 / (1 + e^-x)`` and ``1 / (1 + e^x)``.
 
     With x = -x_t these are -log(p_t), 1 - p_t and p_t. Each is accurate to a few roundings, also
-    where it is tiny; neither is ever computed as 1 minus another.
+    where it is tiny; none is ever computed as 1 minus another. Not for autograd, which would
+    multiply what underflows here.
 
     Args:
         x: any shape, float32 or better, any finite values.
@@ -20,4 +21,5 @@ def logistic(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # before.
     exp = x.clamp(max=87.0).exp_()
     complement = (exp + 1).reciprocal_()
-    return torch.maximum(exp.log1p(), x), exp * complement, complement
+    miss = exp * complement
+    return torch.maximum(exp.log1p_(), x), miss, complement

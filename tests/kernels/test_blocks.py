@@ -9,14 +9,20 @@ from torch import Tensor
 from focal_det.kernels import Terms, blocks, elementwise_terms, sum_terms, sum_terms_per_anchor
 
 
-def weigh(x_t: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
+@pytest.fixture(params=[True, False], ids=["picked", "dense"], autouse=True)
+def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a CPU, and that of a GPU."""
+    monkeypatch.setattr(blocks, "_can_pick", lambda device: request.param)
+
+
+def weigh(z: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
     """A loss whose sums are easy to tell apart: x^2 for background, 100 + 3 x for foreground."""
     if foreground:
-        return 100 + 3 * x_t, torch.full_like(x_t, 3.0)
-    return x_t**2, 2 * x_t
+        return 100 - 3 * z, torch.full_like(z, -3.0)
+    return z**2, 2 * z
 
 
-WEIGH = Terms(weigh, lambda x_t, foreground: weigh(x_t, foreground)[0])
+WEIGH = Terms(weigh, lambda x_t, foreground: weigh(-x_t, foreground)[0])
 
 
 def inputs(*shape: int) -> tuple[Tensor, Tensor]:
@@ -108,14 +114,17 @@ def test_no_temporary_of_the_size_of_the_logits(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(blocks.BLOCK_TERMS, "cpu", 64)
     largest = {True: 0, False: 0}
 
-    def watch(x_t: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
-        largest[foreground] = max(largest[foreground], x_t.numel())
-        return weigh(x_t, foreground)
+    def watch(z: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
+        largest[foreground] = max(largest[foreground], z.numel())
+        return weigh(z, foreground)
 
+    logits, labels = inputs(2, 50, 8)
+    labels.clamp_(min=7)  # few are foreground
     for run in (sum_terms, sum_terms_per_anchor):
         largest.update({True: 0, False: 0})
-        run(Terms(watch, None), *inputs(2, 50, 8))
-        assert largest == {True: 2 * 50, False: 64}
+        run(Terms(watch, None), logits, labels)
+        assert 0 < largest[True] <= 2 * 50
+        assert largest[False] <= max(64, 8 * int((labels == 7).sum()))
 
 
 def test_gradient_of_a_weighted_sum_of_images() -> None:

@@ -360,9 +360,9 @@ def register_brier() -> type[ElementwiseLoss]:
             super().__init__()
             self.alpha = alpha
 
-        def value_and_slope(self, x_t: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
-            miss = torch.sigmoid(-x_t)
-            return miss**2, -2 * miss**2 * torch.sigmoid(x_t)
+        def value_and_slope(self, z: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
+            miss = torch.sigmoid(z)
+            return miss**2, 2 * miss**2 * torch.sigmoid(-z)
 
     return BrierLoss
 
