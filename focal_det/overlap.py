@@ -27,8 +27,8 @@ def sides(boxes: Tensor) -> Tensor:
 def iou(first: Tensor, second: Tensor) -> Tensor:
     """Intersection over union (B, A) of (5, B) and (5, A) boxes, see :func:`sides`.
 
-    The operations of Detectron2's ``pairwise_iou`` and of torchvision's NMS in their order, so that
-    all bits are the same.
+    The operations of Detectron2's ``pairwise_iou``, and of torchvision's NMS on a CPU, in their
+    order, so that all bits are the same.
     """
     x1, y1, x2, y2, area = first.unsqueeze(-1)
     other_x1, other_y1, other_x2, other_y2, other_area = second.unsqueeze(1)
@@ -54,7 +54,7 @@ def overlaps_any(boxes: Tensor, others: Tensor, threshold: float, block: int = 2
     Args:
         boxes: best in an order in which neighbours are near each other.
         others: any order.
-        threshold: compared in float64, as torchvision's NMS does.
+        threshold: compared in float64, as torchvision's NMS does on a CPU.
         block: boxes at a time.
 
     Returns:

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from .terms import Terms, accurate
+from .terms import can_pick as _can_pick
 
 BLOCK_TERMS = {"cpu": 1 << 17, "cuda": 1 << 23}
 """Terms in a block at most (on a CPU, for each thread). On a CPU the temporaries of a block are
 512 KiB each and stay in cache; on a GPU they are 32 MiB each, and a block is worth its launches."""
 
-BLOCKS = 8
+BLOCKS = 64
 """Blocks that logits are cut into at least, so that temporaries are small beside the gradient."""
 
-SMALLEST_BLOCK = 1 << 14
-"""Terms that are not cut any further, since each operation has its fixed cost."""
+SMALLEST_BLOCK = 1 << 17
+"""Terms that are not cut any further for that, since each operation has its fixed cost."""
 
 Block = tuple[tuple[int, int, int], ...]
 """A part of a tensor: ``(dimension, start, length)`` for each dimension that is cut."""
@@ -42,11 +43,9 @@ def sum_terms(
     Returns:
         (2, N): the sums, and their part from terms with y = +1.
     """
-    # Many terms are added up: in float64 where the device has it.
-    exact = torch.float32 if logits.device.type == "mps" else torch.float64
-    parts = _per_anchor(terms, logits, labels, weights, grad)
-    sums = torch.stack([x.unsqueeze(-1).flatten(1).sum(1, dtype=exact) for x in parts])
-    return sums.mul_(weights).to(accurate(logits.dtype))
+    per_anchor, foreground = _per_anchor(terms, logits, labels, weights, grad)
+    total = per_anchor.unsqueeze(-1).flatten(1).sum(1, dtype=foreground.dtype)
+    return torch.stack([total, foreground]).mul_(weights).to(accurate(logits.dtype))
 
 
 def sum_terms_per_anchor(terms: Terms, logits: Tensor, labels: Tensor) -> Tensor:
@@ -82,7 +81,7 @@ def elementwise_terms(terms: Terms, logits: Tensor, labels: Tensor) -> tuple[Ten
         Two tensors (..., K) in float32 or better, 0 for ignored anchors.
     """
     x = logits.to(accurate(logits.dtype))
-    value, slope = terms.value_and_slope(x, False)
+    value, slope = terms(x, False)
     own = _Own(terms, logits, labels)
     results = []
     for each, of_own in (
@@ -98,7 +97,7 @@ def elementwise_terms(terms: Terms, logits: Tensor, labels: Tensor) -> tuple[Ten
 def _per_anchor(
     terms: Terms, logits: Tensor, labels: Tensor, weights: Tensor | None, grad: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Sum over the classes of each anchor (N, ...), and the part of it with y = +1.
+    """Sum over the classes of each anchor (N, ...), and of each image's terms with y = +1 (N,).
 
     All terms are computed as background; the terms of foreground anchors are then put right: no
     one-hot target. A CPU picks those anchors and computes them once more; a GPU, which would have
@@ -108,30 +107,26 @@ def _per_anchor(
     own = None if _can_pick(logits.device) else _Own(terms, logits, labels)
     sums = torch.empty(labels.shape, dtype=work, device=logits.device)
     factors = None if weights is None else weights.view(-1, *[1] * labels.dim())
+    background = None if factors is None else factors * terms.background
     for block in blocks(logits):
         x = take(logits, block)
-        value, slope = terms.value_and_slope(x.to(work), False)
+        value, slope = terms(x.to(work), False)
         if own is not None:
             value = own.leave_out(_writable(value, slope, x), block)
         torch.sum(value, -1, out=take(sums, block))
-        if grad is not None and factors is not None:
+        if grad is not None and background is not None:
             images = tuple(cut for cut in block if cut[0] == 0)
-            factor = take(factors, images) * terms.background
-            torch.mul(slope, factor, out=take(grad, block))
+            torch.mul(slope, take(background, images), out=take(grad, block))
 
-    _leave_out_ignored(labels < 0, sums, grad)
-    sums.mul_(terms.background)
-    foreground = torch.zeros_like(sums)
+    _leave_out_ignored(labels < 0, sums.mul_(terms.background), grad)
+    # Many terms are added up: in float64 where the device has it.
+    exact = torch.float32 if logits.device.type == "mps" else torch.float64
+    foreground = torch.zeros(len(logits), dtype=exact, device=logits.device)
     if own is not None:
-        own.put(foreground, factors, grad)
+        own.put(sums, foreground, factors, grad)
     else:
         _put_picked(terms, logits, labels, sums, foreground, weights, grad)
-    return sums.add_(foreground), foreground
-
-
-def _can_pick(device: torch.device) -> bool:
-    """Whether anchors can be picked without waiting for the device."""
-    return device.type == "cpu"
+    return sums, foreground
 
 
 def _leave_out_ignored(ignored: Tensor, sums: Tensor, grad: Tensor | None) -> None:
@@ -154,15 +149,16 @@ def _put_picked(
     weights: Tensor | None,
     grad: Tensor | None,
 ) -> None:
-    """Put the foreground anchors right: `sums` and `foreground` (N, ...), `grad` (N, ..., K)."""
+    """Put the foreground anchors right: `sums` (N, ...), `foreground` (N,), `grad` (N, ..., K)."""
     index = ((labels >= 0) & (labels < logits.shape[-1])).nonzero(as_tuple=True)
     classes = labels[index].long().unsqueeze(1)  # (P, 1)
     x = logits[index].to(sums.dtype)  # (P, K)
-    value, slope = terms.value_and_slope(x, False)
+    value, slope = terms(x, False)
     value = _writable(value, slope, x).scatter_(1, classes, 0)
-    own_value, own_slope = terms.value_and_slope(-x.gather(1, classes), True)
-    sums[index] = value.sum(1) * terms.background
-    foreground[index] = own_value.squeeze(1) * terms.foreground
+    own_value, own_slope = terms(-x.gather(1, classes), True)
+    own_value = own_value.squeeze(1) * terms.foreground
+    sums[index] = value.sum(1) * terms.background + own_value
+    foreground.index_add_(0, index[0], own_value.to(foreground.dtype))
     if grad is not None and weights is not None:
         own_slope = own_slope.squeeze(1) * (weights[index[0]] * -terms.foreground)
         grad[(*index, classes.squeeze(1))] = own_slope.to(grad.dtype)
@@ -176,7 +172,7 @@ class _Own:
         self.classes = labels.clamp(0, logits.shape[-1] - 1).long()  # (N, ..., 1)
         self.exists = (labels >= 0) & (labels < logits.shape[-1])
         x = logits.gather(-1, self.classes).to(accurate(logits.dtype))
-        value, slope = terms.value_and_slope(-x, True)
+        value, slope = terms(-x, True)
         self.value, self.slope = value * terms.foreground, slope * -terms.foreground
 
     def leave_out(self, value: Tensor, block: Block) -> Tensor:
@@ -184,9 +180,13 @@ class _Own:
         classes, exists = take(self.classes, block), take(self.exists, block)
         return value.scatter_(-1, classes, value.gather(-1, classes).masked_fill_(exists, 0))
 
-    def put(self, foreground: Tensor, factors: Tensor | None, grad: Tensor | None) -> None:
-        """Write their values (N, ...), and their slopes into the gradient (N, ..., K)."""
-        foreground.copy_(self.value.where(self.exists, 0).squeeze(-1))
+    def put(
+        self, sums: Tensor, foreground: Tensor, factors: Tensor | None, grad: Tensor | None
+    ) -> None:
+        """Add their values to `sums` (N, ...) and `foreground` (N,); write into `grad`."""
+        value = self.value.where(self.exists, 0)
+        sums.add_(value.squeeze(-1))
+        foreground.copy_(value.flatten(1).sum(1, dtype=foreground.dtype))
         if grad is not None and factors is not None:
             slope = (self.slope * factors).to(grad.dtype)
             slope = slope.where(self.exists, grad.gather(-1, self.classes))

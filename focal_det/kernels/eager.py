@@ -1,7 +1,7 @@
 """The operations as a formula for autograd to differentiate: the slow twin of the fused ones.
 
 Every step makes a tensor of the size of the logits. What the fused operations give up is here:
-derivatives of any order, whole graphs for compilers.
+derivatives of any order.
 """
 
 import torch
@@ -21,8 +21,9 @@ def elementwise_terms(terms: Terms, logits: Tensor, labels: Tensor) -> tuple[Ten
     Returns:
         Two tensors (..., K): the loss, 0 for ignored anchors, and a mask.
     """
-    x = logits.to(accurate(logits.dtype))
     labels = labels.unsqueeze(-1)
+    # A gradient of 0 times infinity would be NaN.
+    x = logits.to(accurate(logits.dtype)).masked_fill(labels < 0, 0)
     is_own = labels == torch.arange(logits.shape[-1], device=logits.device)
     foreground = terms.value(x, True) * terms.foreground
     background = terms.value(-x, False) * terms.background

@@ -38,6 +38,11 @@ class Terms:
     foreground: float = 1.0
     key: Hashable = None
 
+    def __call__(self, z: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
+        """`value_and_slope`, in the dtype of `z` whatever the loss makes of it."""
+        value, slope = self.value_and_slope(z, foreground)
+        return value.to(z.dtype), slope.to(z.dtype)
+
 
 class LossSums(NamedTuple):
     """Sums of a classification loss for each image.
@@ -50,6 +55,11 @@ class LossSums(NamedTuple):
 
     total: Tensor
     foreground: Tensor | None
+
+
+def can_pick(device: torch.device) -> bool:
+    """Whether rows can be picked by what is in them; a GPU would have to be waited for."""
+    return device.type == "cpu"
 
 
 def accurate(dtype: torch.dtype) -> torch.dtype:

@@ -99,7 +99,6 @@ def _infix(operator: str) -> Callable[[str, str], str]:
 EXPRESSIONS: dict[str, Callable[..., str]] = {
     "abs": _call("tl.abs"),
     "add": _add,
-    "alias": _same,
     "bitwise_and": _infix("&"),
     "bitwise_not": lambda x: f"({x} == 0)",
     "bitwise_or": _infix("|"),
@@ -202,8 +201,10 @@ def _statements(terms: Terms, foreground: bool) -> list[str]:
             ]
         elif node.op != "call_function":
             raise RuntimeError("the loss holds a tensor, which has no translation to Triton")
+        elif _operation(node) == "alias":  # one tensor, whoever changes it
+            names[node] = names[node.args[0]]
         else:
-            name = f"t{len(names)}"
+            name = f"t{len(lines)}"
             lines.append(f"{name} = {_expression(node, names)}")
             if _operation(node).endswith("_"):  # in place: whoever holds the tensor sees it
                 changed = names[node.args[0]]
@@ -222,8 +223,10 @@ def _trace(terms: Terms, foreground: bool) -> torch.fx.Graph:
         return terms.value_and_slope(z, foreground)
 
     try:
-        tracer = make_fx(formula, _decompositions(), tracing_mode="fake")
-        traced = tracer(torch.zeros(2, 3))
+        # Whatever the mode of the first call, the derivative is wanted.
+        with torch.inference_mode(False), torch.enable_grad():
+            tracer = make_fx(formula, _decompositions(), tracing_mode="fake")
+            traced = tracer(torch.zeros(2, 3))
     except Exception as error:  # whatever a formula of a user's does to a tracer
         raise RuntimeError(f"the loss cannot be traced for Triton: {error}") from error
     traced.graph.eliminate_dead_code()

@@ -18,6 +18,9 @@ from .translate import device_function
 TILE_TERMS = 2048
 """Terms that one program holds at a time: 16 a thread, as 4 warps share them."""
 
+MOST_FUNCTIONS = 256
+"""Losses that are compiled in a process, each setting of a loss being one."""
+
 _functions: dict[Hashable, Any] = {}
 
 
@@ -27,7 +30,7 @@ def prepare(terms: Terms, logits: Tensor) -> None:
     Raises:
         RuntimeError: it says why.
     """
-    if not (logits.is_cuda or triton.knobs.runtime.interpret):
+    if not (logits.is_cuda or _is_interpreted()):
         raise RuntimeError(f"Triton needs a CUDA device, the logits are on {logits.device}")
     if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise RuntimeError(f"the Triton kernels have no {logits.dtype}")
@@ -36,13 +39,33 @@ def prepare(terms: Terms, logits: Tensor) -> None:
             "the loss cannot be compiled for Triton: it holds tensors, or attributes that are not "
             "plain numbers or strings"
         )
+    if int(triton.__version__.split(".")[0]) < 3:  # it lacks what formulas are translated to
+        raise RuntimeError(f"Triton 3.0 or newer is needed, this is {triton.__version__}")
+    if terms.key not in _functions and len(_functions) >= MOST_FUNCTIONS:
+        raise RuntimeError(
+            f"{MOST_FUNCTIONS} settings of losses were compiled already: does a loss change its "
+            "own all the time?"
+        )
     if terms.key not in _functions:
         try:
             _functions[terms.key] = device_function(terms)
-        except RuntimeError as error:  # do not trace it again at every step
-            _functions[terms.key] = error
+            _try(terms, logits)
+        except Exception as error:  # whatever a formula, or a compiler, may raise
+            # Kept, so that it is not tried again at every step.
+            _functions[terms.key] = RuntimeError(f"Triton cannot compute the loss: {error}")
     if isinstance(_functions[terms.key], RuntimeError):
         raise _functions[terms.key]
+
+
+def _try(terms: Terms, logits: Tensor) -> None:
+    """Compute one term, to see whether there is a compiler that can build the kernel."""
+    if logits.is_cuda and not torch.cuda.is_current_stream_capturing():
+        one = logits.new_zeros(1, 1, 1)
+        sum_terms(terms, one, one[..., 0].long(), one[0, 0].float(), torch.empty_like(one))
+
+
+def _is_interpreted() -> bool:
+    return not isinstance(_sum_kernel, triton.runtime.JITFunction)
 
 
 def sum_terms(
@@ -50,7 +73,7 @@ def sum_terms(
 ) -> Tensor:
     """See :func:`focal_det.kernels.blocks.sum_terms`."""
     if grad is not None and not _Anchors.can_read(logits, labels, grad):
-        logits, target = logits.contiguous(), grad
+        logits, labels, target = logits.contiguous(), labels.contiguous(), grad
         grad = torch.empty_like(logits)
         sums = sum_terms(terms, logits, labels, weights, grad)
         target.copy_(grad)
@@ -80,8 +103,11 @@ def scale(grad: Tensor, factors: Tensor, in_place: bool) -> Tensor:
         return grad
     if span != size or (len(grad) > 1 and grad.stride(0) != size):  # images that interleave
         return grad.mul_(factors.view(-1, *[1] * (grad.dim() - 1)))
-    grid = (triton.cdiv(size, TILE_TERMS), len(grad))
-    _scale_kernel[grid](grad, factors.contiguous(), size, BLOCK=TILE_TERMS)
+    blocks = triton.cdiv(size, TILE_TERMS)
+    with torch.cuda.device_of(grad):
+        _scale_kernel[(len(grad) * blocks,)](
+            grad, factors.contiguous(), size, blocks, BLOCK=TILE_TERMS
+        )
     return grad
 
 
@@ -152,29 +178,30 @@ def _launch(
     outer = anchors.sizes[0] * anchors.sizes[1]
     blocks = triton.cdiv(anchors.sizes[2], block_anchors)
     partial = torch.empty(2, images, outer * blocks, device=logits.device)
-    _sum_kernel[(images * outer * blocks,)](
-        logits,
-        labels,
-        weights,
-        grad,
-        per_anchor,
-        partial,
-        images * outer * blocks,
-        num_classes,
-        terms.background,
-        terms.foreground,
-        *anchors.sizes,
-        logits.stride(0),
-        *anchors.logit_strides,
-        logits.stride(-1),
-        labels.stride(0),
-        *anchors.label_strides,
-        TERMS=_functions[terms.key],
-        HAS_GRAD=grad is not None,
-        PER_ANCHOR=per_anchor is not None,
-        BLOCK_ANCHORS=block_anchors,
-        BLOCK_CLASSES=block_classes,
-    )
+    with torch.cuda.device_of(logits):
+        _sum_kernel[(images * outer * blocks,)](
+            logits,
+            labels,
+            None if weights is None else weights.contiguous(),
+            grad,
+            per_anchor,
+            partial,
+            images * outer * blocks,
+            num_classes,
+            terms.background,
+            terms.foreground,
+            *anchors.sizes,
+            logits.stride(0),
+            *anchors.logit_strides,
+            logits.stride(-1),
+            labels.stride(0),
+            *anchors.label_strides,
+            TERMS=_functions[terms.key],
+            HAS_GRAD=grad is not None,
+            PER_ANCHOR=per_anchor is not None,
+            BLOCK_ANCHORS=block_anchors,
+            BLOCK_CLASSES=block_classes,
+        )
     return partial
 
 
@@ -233,7 +260,7 @@ def _sum_kernel(
 
     label_offset = image * label_stride_n + first * label_stride_0 + second * label_stride_1
     label_offsets = label_offset + third * label_stride_2
-    label = tl.load(label_ptr + label_offsets, mask=inside, other=-1)
+    label = tl.load(label_ptr + label_offsets, mask=inside, other=-1).to(tl.int64)
     counts = label >= 0
     is_foreground = counts & (label < num_classes)
 
@@ -272,12 +299,13 @@ def _sum_kernel(
 
 
 @triton.jit
-def _scale_kernel(grad_ptr, factor_ptr, size, BLOCK: tl.constexpr):
+def _scale_kernel(grad_ptr, factor_ptr, size, blocks, BLOCK: tl.constexpr):
     """Multiply each image's gradient by its factor; a factor of 1 costs nothing but the launch."""
-    image = tl.program_id(1).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
+    image = program // blocks
     factor = tl.load(factor_ptr + image)
     if factor != 1.0:
-        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        offsets = program % blocks * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < size
         pointers = grad_ptr + image * size + offsets
         grad = tl.load(pointers, mask=mask, other=0.0).to(tl.float32) * factor

@@ -13,7 +13,7 @@ import numbers
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -213,7 +213,8 @@ class ClassificationLoss(nn.Module, ABC):
             RuntimeError: an implementation that cannot be had here; it says why.
         """
         if impl != "auto":
-            raise ValueError(f"{type(self).__name__} has no implementations: impl must be auto")
+            name = type(self.loss if isinstance(self, PlainLoss) else self).__name__
+            raise ValueError(f"{name} has no implementations: impl must be auto, got {impl!r}")
         return self
 
     @classmethod
@@ -237,6 +238,16 @@ class ElementwiseLoss(ClassificationLoss):
 
     impl: str = "auto"
     """How it is computed; see :meth:`use`."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # A closed form belongs to the value that it was derived from: whoever changes one of the
+        # two does not inherit the other.
+        super().__init_subclass__(**kwargs)
+        stated = {"value", "value_and_slope"} & vars(cls).keys()
+        if stated == {"value"}:
+            cls.value_and_slope = ElementwiseLoss.value_and_slope  # type: ignore[method-assign]
+        elif stated == {"value_and_slope"}:
+            cls.value = ElementwiseLoss.value  # type: ignore[method-assign]
 
     alpha: float | None = None
     """Weight of the foreground terms, ``1 - alpha`` of the background ones; None or negative for no
@@ -274,8 +285,9 @@ class ElementwiseLoss(ClassificationLoss):
             value = self.value(-z, foreground)
             if not value.requires_grad:  # constant, such as no loss at all for one side
                 return value, torch.zeros_like(value)
-            (slope,) = torch.autograd.grad(value, z, torch.ones_like(value))
-        return value.detach(), slope
+            # None where this side depends on something else that requires a gradient, not on z.
+            (slope,) = torch.autograd.grad(value, z, torch.ones_like(value), allow_unused=True)
+        return value.detach(), torch.zeros_like(value) if slope is None else slope
 
     def terms(self) -> Terms:
         """What the fused operations compute: the function of x_t and the two alpha weights."""

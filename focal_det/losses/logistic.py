@@ -1,6 +1,5 @@
 """The logistic function and its logarithm, from one exponential."""
 
-import torch
 from torch import Tensor
 
 
@@ -22,4 +21,4 @@ def logistic(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     exp = x.clamp(max=87.0).exp_()
     complement = (exp + 1).reciprocal_()
     miss = exp * complement
-    return torch.maximum(exp.log1p_(), x), miss, complement
+    return exp.log1p_().clamp_(min=x), miss, complement

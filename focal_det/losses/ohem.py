@@ -177,15 +177,12 @@ class OHEMLoss(ClassificationLoss):
 
 
 def _hardest(scores: Tensor, size: int) -> Tensor:
-    """Indices of at least `size` highest scores, falling, equal ones by index.
-
-    All scores equal to the last one are taken, so that it is a prefix of the whole order.
-    """
+    """Indices of the `size` highest scores, falling, equal ones by index."""
     index = torch.arange(len(scores), device=scores.device)
     if size < len(scores):
         # Not ">=", which NaN would fail.
         index = (~(scores < scores.topk(size).values[-1])).nonzero().squeeze(1)
-    return index[scores[index].sort(descending=True, stable=True).indices]
+    return index[scores[index].sort(descending=True, stable=True).indices[:size]]
 
 
 def _is_integer(value: object) -> bool:

@@ -14,6 +14,8 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from fvcore.nn import smooth_l1_loss
 from torch import Tensor
 
+from focal_det.kernels.terms import can_pick as _can_pick
+
 EPS = 1e-7
 """What the IoU losses add to a denominator, as Detectron2's do."""
 
@@ -47,17 +49,18 @@ def box_loss_per_image(
     """
     num_images, num_anchors = is_foreground.shape
     foreground = is_foreground.flatten()
+    deltas, targets = deltas.flatten(0, 1), gt_boxes.flatten(0, 1)
     if _can_pick(foreground.device):
         rows = foreground.nonzero().squeeze(1)
+        counts, deltas, targets = (x[rows] for x in (foreground, deltas, targets))
+        sources = anchors[rows % num_anchors]  # (P, 4)
     else:
-        rows = torch.arange(len(foreground), device=foreground.device)
-    counts = foreground[rows]
-    sources = anchors[rows % num_anchors]  # (P, 4)
+        counts, sources = foreground, anchors.repeat(num_images, 1)
     # An anchor without a box gets itself for a target: finite, whatever it is multiplied with.
-    targets = gt_boxes.flatten(0, 1)[rows].where(counts[:, None], sources)
+    targets = targets.where(counts[:, None], sources)
     # What it predicts is put aside before anything is computed: a gradient of 0 times infinity, as
     # far back as that may be, would be NaN.
-    deltas = deltas.flatten(0, 1)[rows].where(counts[:, None], 0)
+    deltas = deltas.where(counts[:, None], 0)
 
     if box_reg_loss_type == "smooth_l1":
         encoded = _encode(box2box_transform, sources, targets)
@@ -74,11 +77,6 @@ def box_loss_per_image(
     if _can_pick(foreground.device):
         return losses.new_zeros(num_images).index_add(0, rows // num_anchors, losses)
     return losses.view(num_images, num_anchors).sum(1)
-
-
-def _can_pick(device: torch.device) -> bool:
-    """Whether rows can be picked without waiting for the device."""
-    return device.type == "cpu"
 
 
 def _encode(transform: Box2BoxTransform, sources: Tensor, targets: Tensor) -> Tensor:

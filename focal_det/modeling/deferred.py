@@ -26,12 +26,13 @@ class DeferredScalars:
         values = torch.stack([value.detach().double() for value in scalars.values()])
         if not values.is_cuda:
             return [dict(zip(scalars, values.tolist(), strict=True))]
-        if torch.cuda.is_current_stream_capturing():  # a graph's replays report nothing
-            return []
-        on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        on_host.copy_(values, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+        with torch.cuda.device(values.device):  # whose stream the copy is in
+            if torch.cuda.is_current_stream_capturing():  # a graph's replays report nothing
+                return []
+            on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            on_host.copy_(values, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
         self._on_their_way.append((list(scalars), on_host, event))
         arrived = []
         while self._on_their_way and self._on_their_way[0][2].query():

@@ -155,7 +155,7 @@ class FocalRetinaNet(RetinaNet):
             gt_instances: N entries with ``gt_boxes`` and ``gt_classes``.
 
         Raises:
-            ValueError: a class outside ``0..K-1``.
+            ValueError: a class outside ``0..K-1``; on a GPU it is found out a step later.
         """
         self._check_classes(gt_instances)
         logits, deltas = predictions

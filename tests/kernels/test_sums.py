@@ -1,5 +1,6 @@
 """Sums and gradients by each implementation: right, of the same precision, and one buffer."""
 
+import importlib
 import math
 import subprocess
 import sys
@@ -476,8 +477,9 @@ def test_auto_takes_what_triton_refuses_and_triton_does_not(
 
 
 def test_triton_needs_a_gpu_and_says_where_the_logits_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    triton = pytest.importorskip("triton")
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    pytest.importorskip("triton")
+    triton_kernels = importlib.import_module("focal_det.kernels.triton_kernels")
+    monkeypatch.setattr(triton_kernels, "_is_interpreted", lambda: False)
     logits, labels = images(1, 5, 3)
     loss = FocalLoss().use("triton")
     with pytest.raises(RuntimeError, match=r"CUDA.*cpu"):

@@ -504,6 +504,8 @@ def by_values(x: Tensor) -> Tensor:
 UNTRANSLATED: dict[str, Callable[[Tensor], Tensor]] = {
     "no translation": torch.erfinv,
     "a sum": lambda x: x * x.sum(),
+    "a division that rounds": lambda x: x // 0.5,
+    "a result put elsewhere": lambda x: torch.mul(x, 2, out=torch.empty_like(x)),
     "control flow by values": by_values,
     "a tensor of its own": lambda x: x * torch.tensor(2.5, device=x.device),
     "a number on the host": lambda x: x * float(x.detach().max()),
@@ -671,10 +673,10 @@ def compile_kernels() -> dict[str, str]:
     }
     results["per anchor"] = compile_sum(CrossEntropyLoss(), "fp32", True, per_anchor=True)
     results["value only"] = compile_sum(PolyFocalLoss(), "fp16", False)
-    types = {"grad_ptr": "*bf16", "factor_ptr": "*fp32", "size": "i32"}
+    types = {"grad_ptr": "*bf16", "factor_ptr": "*fp32", "size": "i32", "blocks": "i32"}
     constants = {"BLOCK": kernels.TILE_TERMS}
     results["scale"] = compile_for_a_gpu(
-        kernels._scale_kernel, types, constants, set(types), LAST_STAGE
+        kernels._scale_kernel, types, constants, set(types) - {"blocks"}, LAST_STAGE
     )
     return results
 
@@ -737,3 +739,67 @@ def test_the_kernels_compile_for_a_gpu_and_move_four_numbers_at_once(
 def test_all_translations_compile_for_a_gpu(compiled: dict[str, dict[str, str]]) -> None:
     refused = {name: x for name, x in compiled["formulas"].items() if "tt.store" not in x}
     assert refused == {}
+
+
+class Aliases(ElementwiseLoss):
+    """Changes a tensor in place through another name of it."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+
+    def value_and_slope(self, z: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
+        value = z.exp()
+        slope = value.detach() if self.way == "detach" else value[...]
+        slope.mul_(2)
+        return value, slope
+
+
+@pytest.mark.parametrize("way", ["detach", "all of it"])
+def test_a_change_in_place_is_seen_under_all_names(way: str) -> None:
+    logits, labels = inputs(1, 9, 3)
+    terms = Aliases(way).terms()
+    total, _, grad = gradient_of(terms, logits, labels)
+    expected = sum_terms(terms, logits.detach().requires_grad_(), labels, impl="torch")
+    torch.testing.assert_close(total, expected.total.detach(), rtol=1e-5, atol=0)
+    assert grad is not None
+
+
+def test_a_first_use_in_inference_mode_leaves_the_derivative_alone() -> None:
+    class Fresh(ElementwiseLoss):
+        def value(self, x_t: Tensor, foreground: bool) -> Tensor:
+            return torch.sigmoid(-1.25 * x_t)
+
+    loss = Fresh().use("triton")
+    logits, labels = torch.randn(9, 3), torch.randint(-1, 4, (9,))
+    with torch.inference_mode():
+        loss(logits, labels)
+    grads = []
+    for impl in ("triton", "torch"):
+        x = logits.clone().requires_grad_()
+        grads.append(torch.autograd.grad(loss.use(impl)(x, labels), x)[0])
+    assert grads[0].abs().max() > 0
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
+
+
+def test_labels_that_do_not_merge_are_copied() -> None:
+    labels = torch.randint(-1, 5, (2, 5, 2, 7, 3)).permute(0, 4, 3, 2, 1)
+    logits = torch.randn(*labels.shape, 4, requires_grad=True)
+    totals = [FocalLoss().use(impl)(logits, labels) for impl in ("triton", "torch")]
+    torch.testing.assert_close(*totals, rtol=1e-5, atol=0)
+
+
+def test_what_cannot_be_built_falls_back_under_auto_and_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A machine with a GPU and without a C compiler, say."""
+
+    def no_compiler(terms: Terms, logits: Tensor) -> None:
+        raise OSError("no C compiler")
+
+    monkeypatch.setattr(kernels, "_try", no_compiler)
+    terms = FocalLoss(gamma=3.75).terms()
+    logits = torch.zeros(1, 1, 1)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no C compiler"):
+            kernels.prepare(terms, logits)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -52,12 +53,25 @@ class Device:
         self.issued = self.done = 0
         self.capturing = False
         self.cuda = SimpleNamespace(
-            Event=lambda: Event(self), is_current_stream_capturing=lambda: self.capturing
+            Event=lambda: Event(self),
+            device=self.as_current,
+            is_current_stream_capturing=lambda: self.capturing,
         )
+        self.current = None
+
+    @contextmanager
+    def as_current(self, index):
+        self.current = index
+        yield
+        self.current = None
 
     def stack(self, values):
         return SimpleNamespace(
-            is_cuda=True, numbers=torch.stack(values), shape=(len(values),), dtype=torch.float64
+            is_cuda=True,
+            device="cuda:1",
+            numbers=torch.stack(values),
+            shape=(len(values),),
+            dtype=torch.float64,
         )
 
     def empty(self, shape, dtype, pin_memory):
@@ -71,6 +85,7 @@ class Event:
         self.device, self.at = device, None
 
     def record(self):
+        assert self.device.current == "cuda:1", "recorded in the stream of another device"
         self.at = self.device.issued
 
     def query(self):
