@@ -1,9 +1,11 @@
 """Everything that bends Detectron2, each with the condition under which it can go."""
 
+import atexit
 import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -23,9 +25,20 @@ def allow_ddp_on_cpu() -> None:
     def create_ddp_model(model: nn.Module, **kwargs: Any) -> nn.Module:
         if all(parameter.device.type == "cpu" for parameter in model.parameters()):
             kwargs.setdefault("device_ids", None)
+            atexit.register(leave_process_group)
         return create(model, **kwargs)
 
     defaults.create_ddp_model = create_ddp_model
+
+
+def leave_process_group() -> None:
+    """Leave the process group, if this process is in one.
+
+    Detectron2 does not, and gloo's threads, which CPUs use, now and then abort a process that ends
+    with them running. Can go once Detectron2's ``launch`` leaves it.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def check_before_building(check: Callable[[Any], None]) -> None:

@@ -11,6 +11,7 @@ import sys
 import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
+from focal_det.compat import leave_process_group
 from focal_det.modeling import NORMALIZER_REGISTRY
 
 COUNTS = torch.tensor([[10, 0], [3, 30]])
@@ -36,6 +37,7 @@ def main(name):
     unsynced(COUNTS[rank])
     values = comm.all_gather(unsynced.value.item())
     assert values[0] != values[1], "each worker counts alone without SYNC"
+    leave_process_group()
 
 
 if __name__ == "__main__":
