@@ -210,3 +210,20 @@ def test_only_losses_that_ask_get_boxes(small_cfg, make_batch):
             assert not any(x.requires_grad for x in loss.boxes)
         else:
             assert loss.boxes is None
+
+
+@pytest.mark.parametrize("loss", ["FocalLoss", "OHEMLoss"])
+def test_impl_reaches_the_loss_and_changes_nothing_but_the_way(small_cfg, make_batch, loss):
+    small_cfg.MODEL.FOCAL_DET.LOSS.NAME = loss
+    losses = {}
+    for impl in ("torch", "eager"):
+        small_cfg.MODEL.FOCAL_DET.IMPL = impl
+        torch.manual_seed(0)
+        losses[impl], _ = train_step(build_model(small_cfg), make_batch((3, 2)))
+    torch.testing.assert_close(losses["torch"], losses["eager"])
+    # The signature's way, which a LazyConfig takes.
+    arguments = FocalRetinaNet.from_config(small_cfg)
+    inner = FocalRetinaNet(**arguments, impl="torch").cls_loss
+    assert getattr(inner, "cross_entropy", inner).impl == "torch"
+    with pytest.raises(ValueError, match="impl must be one of auto, eager, torch, triton"):
+        FocalRetinaNet(**arguments, impl="cuda")
