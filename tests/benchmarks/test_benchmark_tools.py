@@ -12,7 +12,7 @@ import pytest
 from focal_det.benchmarks import losses, markdown, measure, parts
 from focal_det.losses import LOSS_REGISTRY
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
