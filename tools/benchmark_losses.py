@@ -33,7 +33,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from focal_det.benchmarks import measure
-from focal_det.benchmarks.memory import available_gib, warm_allocator
+from focal_det.benchmarks.memory import allocators, available_gib, on_cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,10 +53,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     try:
         with tqdm(total=count(args), unit="case", dynamic_ncols=True) as bar:
-            for allocator in ("warm",) if is_cuda(args) else ("cold", "warm"):
-                if allocator == "warm" and not is_cuda(args) and not warm_allocator():
-                    print("no glibc: warm memory is not measured", file=sys.stderr)
-                    break
+            for allocator in allocators(args.device):
                 for shape, dtype in cases(args):
                     rows += run_case(args, shape, dtype, allocator, rows, bar)
     except Disagreement as failure:
@@ -72,14 +69,9 @@ def main() -> int:
     return 0
 
 
-def is_cuda(args: argparse.Namespace) -> bool:
-    """Whether a GPU is measured."""
-    return bool(torch.device(args.device).type == "cuda")
-
-
 def spared(args: argparse.Namespace, shape: losses.Shape) -> bool:
     """Whether only the essential is run at this shape."""
-    return not (args.full or is_cuda(args)) and shape.s_bytes(args.images) > LARGE
+    return not (args.full or on_cuda(args.device)) and shape.s_bytes(args.images) > LARGE
 
 
 def cases(args: argparse.Namespace) -> Iterator[tuple[losses.Shape, str]]:
@@ -93,7 +85,7 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[losses.Shape, str]]:
 def count(args: argparse.Namespace) -> int:
     """Number of cases over all modes and allocators."""
     modes = [len(MODES[:1] if spared(args, shape) else MODES) for shape, _ in cases(args)]
-    return sum(modes) * (1 if is_cuda(args) else 2)
+    return sum(modes) * (1 if on_cuda(args.device) else 2)
 
 
 def run_case(
@@ -149,8 +141,8 @@ def make_variants(
     """The variants to run; those that need more memory than there is become failures."""
     few = spared(args, inputs.shape)
     cheap = inputs.raw[0].dtype == torch.float32 and inputs.shape.s_bytes(args.images) <= MEDIUM
-    impls = ["torch", *(["eager"] if args.full or is_cuda(args) or cheap else [])]
-    if is_cuda(args):
+    impls = ["torch", *(["eager"] if args.full or on_cuda(args.device) or cheap else [])]
+    if on_cuda(args.device):
         impls.append("triton")
     made = [
         losses.our_variant(inputs, setting, impl)
@@ -224,7 +216,7 @@ def time_all(
         args.rounds,
         device=args.device,
         seconds=SECONDS,
-        with_peak=is_cuda(args) or common["allocator"] == "cold",
+        with_peak=on_cuda(args.device) or common["allocator"] == "cold",
     )
     rows = []
     for (loss, name), timing in zip(calls, timings.values(), strict=True):
@@ -267,7 +259,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="folder; default tools/results")
     args = parser.parse_args(argv)
-    args.images = args.images or (16 if is_cuda(args) else 1)
+    args.images = args.images or (16 if on_cuda(args.device) else 1)
     # A quick run says nothing of performance: it must not replace a record that does.
     args.output = args.output or ROOT / ("output/benchmarks" if args.quick else "tools/results")
     if args.quick:

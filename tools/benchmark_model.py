@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from focal_det.benchmarks import measure
 from focal_det.benchmarks.losses import Shape
-from focal_det.benchmarks.memory import warm_allocator
+from focal_det.benchmarks.memory import allocators, on_cuda
 from focal_det.losses import LOSS_REGISTRY
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,10 +62,7 @@ def main() -> int:
     rows: list[Row] = []
     try:
         rows += time_models(args)
-        for allocator in ("warm",) if is_cuda(args) else ("cold", "warm"):
-            if allocator == "warm" and not is_cuda(args) and not warm_allocator():
-                print("no glibc: warm memory is not measured", file=sys.stderr)
-                break
+        for allocator in allocators(args.device):
             rows += time_parts(args, allocator)
     except Disagreement as failure:
         print(f"nothing is reported: {failure}", file=sys.stderr)
@@ -76,11 +73,6 @@ def main() -> int:
     print_tables(rows)
     print(f"\nWritten: {measure.save(record, args.output)}")
     return 0
-
-
-def is_cuda(args: argparse.Namespace) -> bool:
-    """Whether a GPU is measured."""
-    return bool(torch.device(args.device).type == "cuda")
 
 
 def add_ratios(rows: Sequence[Row]) -> None:
@@ -116,7 +108,7 @@ def time_models(args: argparse.Namespace) -> list[Row]:
                 "amp": args.amp,
             }
             rows += time_part(args, common, size, candidates, broken)
-        if is_cuda(args) and "step" in wanted and LABELS["focal_det"] in candidates:
+        if on_cuda(args.device) and "step" in wanted and LABELS["focal_det"] in candidates:
             rows.append(sync_row(args, depth, candidates[LABELS["focal_det"]]))
     return rows
 
@@ -257,7 +249,7 @@ def time_parts(args: argparse.Namespace, allocator: str) -> list[Row]:
         name = f"{common['part']} {common.get('boxes') or common.get('state')}"
         if wrong:
             raise Disagreement(f"{name}: {wrong}")
-        cold = is_cuda(args) or allocator == "cold"
+        cold = on_cuda(args.device) or allocator == "cold"
         timings = run_paired(args, calls, f"{allocator} {name}", with_peak=cold)
         rows += [
             {**common, "allocator": allocator, "variant": variant, **timing.fields()}
@@ -322,7 +314,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny images, two rounds, all parts")
     parser.add_argument("--output", type=Path, help="folder; default tools/results")
     args = parser.parse_args(argv)
-    cuda = is_cuda(args)
+    cuda = on_cuda(args.device)
     args.amp = args.amp or ("fp16" if cuda else "none")
     args.sizes = args.sizes or (["512x512", "800x1333"] if cuda else ["256x256", "512x512"])
     args.batch = args.batch or (16 if cuda else 1)

@@ -9,7 +9,7 @@ import ctypes
 import platform
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -59,6 +59,16 @@ def warm_allocator() -> bool:
     no_mmap = _malloc("mallopt", -4, 0)  # M_MMAP_MAX
     no_trim = _malloc("mallopt", -1, 2**31 - 1)  # M_TRIM_THRESHOLD
     return no_mmap and no_trim
+
+
+def allocators(device: str) -> Iterator[str]:
+    """``"cold"``, then ``"warm"``, which sets the process so; a GPU's allocator is warm only."""
+    if not on_cuda(device):
+        yield "cold"
+        if not warm_allocator():
+            print("no glibc: warm memory is not measured", file=sys.stderr)
+            return
+    yield "warm"
 
 
 def _malloc(function: str, *arguments: int) -> bool:

@@ -65,7 +65,7 @@ def scale(grad: Tensor, factors: Tensor, in_place: bool) -> Tensor:
 
     On a GPU the factors are not looked at, since that would wait for the device.
     """
-    if factors.device.type == "cpu" and bool((factors == 1).all()):
+    if _can_pick(factors.device) and bool((factors == 1).all()):
         return grad if in_place else grad.clone()
     factors = factors.view(-1, *[1] * (grad.dim() - 1))
     return grad.mul_(factors) if in_place else (grad * factors).to(grad.dtype)

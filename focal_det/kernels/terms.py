@@ -58,7 +58,7 @@ class LossSums(NamedTuple):
 
 
 def can_pick(device: torch.device) -> bool:
-    """Whether rows can be picked by what is in them; a GPU would have to be waited for."""
+    """Whether the host may decide by what is in a tensor; a GPU would have to be waited for."""
     return device.type == "cpu"
 
 

@@ -39,14 +39,14 @@ def prepare(terms: Terms, logits: Tensor) -> None:
             "the loss cannot be compiled for Triton: it holds tensors, or attributes that are not "
             "plain numbers or strings"
         )
-    if int(triton.__version__.split(".")[0]) < 3:  # it lacks what formulas are translated to
-        raise RuntimeError(f"Triton 3.0 or newer is needed, this is {triton.__version__}")
-    if terms.key not in _functions and len(_functions) >= MOST_FUNCTIONS:
-        raise RuntimeError(
-            f"{MOST_FUNCTIONS} settings of losses were compiled already: does a loss change its "
-            "own all the time?"
-        )
     if terms.key not in _functions:
+        if int(triton.__version__.split(".")[0]) < 3:  # it lacks what formulas are translated to
+            raise RuntimeError(f"Triton 3.0 or newer is needed, this is {triton.__version__}")
+        if len(_functions) >= MOST_FUNCTIONS:
+            raise RuntimeError(
+                f"{MOST_FUNCTIONS} settings of losses were compiled already: does a loss change "
+                "its own all the time?"
+            )
         try:
             _functions[terms.key] = device_function(terms)
             _try(terms, logits)

@@ -13,6 +13,7 @@ import torch
 from detectron2.modeling.matcher import Matcher
 from torch import Tensor
 
+from focal_det.kernels.terms import can_pick
 from focal_det.overlap import iou, may_meet, sides
 
 BLOCK_PAIRS_CPU = 1 << 17
@@ -152,7 +153,7 @@ def _indices(wanted: Tensor) -> Tensor:
 
     What is asked for saves work and changes no result.
     """
-    if wanted.device.type == "cpu":
+    if can_pick(wanted.device):
         return wanted.nonzero().squeeze(1)
     return torch.arange(len(wanted), device=wanted.device)
 
