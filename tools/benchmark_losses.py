@@ -33,7 +33,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from focal_det.benchmarks import measure
-from focal_det.benchmarks.memory import allocators, available_gib, on_cuda
+from focal_det.benchmarks.memory import allocators, available_gib, on_cuda, tensors_mib
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -210,22 +210,27 @@ def time_all(
         if (variant.loss, variant.name) not in failures
     }
     calls |= {("", name): call for name, call in losses.floor_calls(inputs).items()}
+    cold = common["allocator"] == "cold"
     by_name = {" | ".join(key): call for key, call in calls.items()}
     timings = measure.measure(
         by_name,
         args.rounds,
         device=args.device,
         seconds=SECONDS,
-        with_peak=on_cuda(args.device) or common["allocator"] == "cold",
+        with_peak=on_cuda(args.device) or cold,
     )
     rows = []
     for (loss, name), timing in zip(calls, timings.values(), strict=True):
         fields = timing.fields()
         peak = timing.peak_mib
         fields["peak_s"] = None if peak is None else peak / mib(inputs.shape, args)
+        fields["tensors_s"] = fields["peak_s"]
+        if not on_cuda(args.device):
+            tensors = tensors_mib(calls[loss, name]) if cold else None
+            fields["tensors_s"] = None if tensors is None else tensors / mib(inputs.shape, args)
         rows.append({**common, "loss": loss, "variant": name, **fields})
     for (loss, name), reason in failures.items():
-        fields = {**measure.not_measured(reason), "peak_s": None}
+        fields = {**measure.not_measured(reason), "peak_s": None, "tensors_s": None}
         rows.append({**common, "loss": loss, "variant": name, **fields})
     return rows
 
@@ -233,9 +238,10 @@ def time_all(
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """All rows on the console."""
     columns = ("shape", "dtype", "mode", "allocator", "loss", "variant")
-    numbers = ("median_ms", "quartile_low_ms", "quartile_high_ms", "ratio", "peak_mib", "peak_s")
+    times = ("median_ms", "quartile_low_ms", "quartile_high_ms", "ratio")
+    numbers = (*times, "peak_mib", "peak_s", "tensors_s")
     table = [[row[key] for key in (*columns, *numbers, "error")] for row in rows]
-    head = (*columns, "ms", "25%", "75%", "/ detectron2", "peak MiB", "peak S", "")
+    head = (*columns, "ms", "25%", "75%", "/ detectron2", "peak MiB", "peak S", "tensors S", "")
     print("\n" + tabulate(table, head, floatfmt=".3g", missingval="-"))
     print("Detectron2's path is that of its focal loss: the ratio of other losses is to that, too.")
 

@@ -25,7 +25,9 @@ Variants that are compared take turns in one process, and only after their resul
 agree. Times are medians, with the quartiles in brackets. A ratio is the time over that of \
 Detectron2's own code in the same case: 1/12 is twelve times as fast, 2.0x half as fast. *cold* is \
 the CPU's allocator as it comes, which takes large buffers fresh from the operating system; *warm* \
-reuses pages. A peak is the memory that one call takes above what was allocated before it.
+reuses pages. A peak is the memory that one call takes above what was allocated before it: on a \
+GPU by its tensors; on a CPU by the process, which is what the C library and the operating system \
+make of the tensors, and for the losses by the tensors too.
 """
 
 LOSS_NOTE = """\
@@ -143,7 +145,7 @@ def _losses(rows: Sequence[Row]) -> list[str]:
             [row[0] or "-", *row[1:], *_loss_cells(chosen, row, allocators)]
             for row in _distinct(chosen, "loss", "variant", "dtype")
         ]
-        head += ["peak MiB", "peak / S", "x copy"]
+        head += ["peak MiB", "peak / S", "tensors / S", "x copy"]
         title = f"#### {shape}, {images} image{'s' if images > 1 else ''}, {what}\n"
         parts += [title, table(head, lines)]
     return parts
@@ -154,7 +156,7 @@ def _loss_cells(rows: Sequence[Row], line: Sequence[str], allocators: Sequence[s
     rows = pick(rows, **dict(zip(("loss", "variant", "dtype"), line, strict=True)))
     errors = [row["error"] for row in rows if row["error"]]
     if errors:
-        return [errors[0], "-"] + ["-", "-"] * (len(allocators) - 1) + ["-"] * 3
+        return [errors[0], "-"] + ["-", "-"] * (len(allocators) - 1) + ["-"] * 4
     cells = []
     for allocator in allocators:
         row = next(iter(pick(rows, allocator=allocator)), None)
@@ -162,6 +164,8 @@ def _loss_cells(rows: Sequence[Row], line: Sequence[str], allocators: Sequence[s
     peaks = [row for row in rows if row["peak_mib"] is not None]
     floor = rows[-1]["floor_ratio"]  # of the warm allocator, where there are two
     cells += [f"{peaks[0]['peak_mib']:.1f}", f"{peaks[0]['peak_s']:.2f}"] if peaks else ["-", "-"]
+    tensors = [row["tensors_s"] for row in rows if row["tensors_s"] is not None]
+    cells.append(f"{tensors[0]:.2f}" if tensors else "-")
     return [*cells, "-" if floor is None else f"{floor:.1f}"]
 
 

@@ -46,7 +46,7 @@ MEASURED = (*TIMING_FIELDS, "error")
 ROW_FIELDS: dict[str, tuple[str, ...]] = {
     "loss": (
         *("loss", "variant", "dtype", "mode", "shape", "images", "allocator"),
-        *("peak_s", "ratio", "floor_ratio", *MEASURED),
+        *("peak_s", "tensors_s", "ratio", "floor_ratio", *MEASURED),
     ),
     "step": ("model", "backbone", "size", "batch", "amp", "images_per_s", "ratio", *MEASURED),
     "inference": ("model", "backbone", "size", "batch", "amp", "images_per_s", "ratio", *MEASURED),

@@ -7,6 +7,8 @@ logits.
 
 import math
 from collections.abc import Iterator
+from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,17 +17,14 @@ from .terms import Terms, accurate
 from .terms import can_pick as _can_pick
 
 BLOCK_TERMS = {"cpu": 1 << 17, "cuda": 1 << 23}
-"""Terms in a block at most (on a CPU, for each thread). On a CPU the temporaries of a block are
+"""Terms in a block, at most (on a CPU, for each thread). On a CPU the temporaries of a block are
 512 KiB each and stay in cache; on a GPU they are 32 MiB each, and a block is worth its launches."""
 
-BLOCKS = 64
+BLOCKS = 48
 """Blocks that logits are cut into at least, so that temporaries are small beside the gradient."""
 
 SMALLEST_BLOCK = 1 << 17
 """Terms that are not cut any further for that, since each operation has its fixed cost."""
-
-Block = tuple[tuple[int, int, int], ...]
-"""A part of a tensor: ``(dimension, start, length)`` for each dimension that is cut."""
 
 
 def sum_terms(
@@ -107,16 +106,22 @@ def _per_anchor(
     own = None if _can_pick(logits.device) else _Own(terms, logits, labels)
     sums = torch.empty(labels.shape, dtype=work, device=logits.device)
     factors = None if weights is None else weights.view(-1, *[1] * labels.dim())
-    background = None if factors is None else factors * terms.background
-    for block in blocks(logits):
-        x = take(logits, block)
+    # (N, ..., 1), so that it can be cut as the others are.
+    background = None
+    if grad is not None and factors is not None:
+        background = (factors * terms.background).expand(*labels.shape, 1)
+    mask = (None, None) if own is None else (own.classes, own.exists)
+    for x, total, slope_to, factor, classes, exists in blocks(
+        logits, sums, grad, background, *mask
+    ):
         value, slope = terms(x.to(work), False)
-        if own is not None:
-            value = own.leave_out(_writable(value, slope, x), block)
-        torch.sum(value, -1, out=take(sums, block))
-        if grad is not None and background is not None:
-            images = tuple(cut for cut in block if cut[0] == 0)
-            torch.mul(slope, take(background, images), out=take(grad, block))
+        if classes is not None:
+            value = _writable(value, slope, x)
+            value.scatter_(-1, classes, value.gather(-1, classes).masked_fill_(exists, 0))
+        torch.sum(value, -1, out=total)
+        if slope_to is not None:
+            torch.mul(slope, factor, out=slope_to)
+        del value, slope  # or they would live on while the next block's are computed
 
     _leave_out_ignored(labels < 0, sums.mul_(terms.background), grad)
     # Many terms are added up: in float64 where the device has it.
@@ -175,11 +180,6 @@ class _Own:
         value, slope = terms(-x, True)
         self.value, self.slope = value * terms.foreground, slope * -terms.foreground
 
-    def leave_out(self, value: Tensor, block: Block) -> Tensor:
-        """Set these terms to 0 in a block of terms that were computed as background."""
-        classes, exists = take(self.classes, block), take(self.exists, block)
-        return value.scatter_(-1, classes, value.gather(-1, classes).masked_fill_(exists, 0))
-
     def put(
         self, sums: Tensor, foreground: Tensor, factors: Tensor | None, grad: Tensor | None
     ) -> None:
@@ -200,39 +200,38 @@ def _writable(value: Tensor, *others: Tensor) -> Tensor:
     return value.clone() if shared or 0 in value.stride() else value
 
 
-def take(x: Tensor, block: Block) -> Tensor:
-    """The part of a tensor that a block covers."""
-    for dim, start, length in block:
-        x = x.narrow(dim, start, length)
-    return x
-
-
-def blocks(logits: Tensor) -> Iterator[Block]:
-    """Cut (N, ..., K) into blocks.
+def blocks(logits: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Cut (N, ..., K), and what belongs to it, into blocks of about equal size.
 
     The dimension with the largest stride is cut first, so that a block is close together in memory
     whatever the layout. The class dimension stays whole: a label counts classes from its start.
+
+    Args:
+        logits: (N, ..., K).
+        others: begin with the dimensions N, ...; None yields None in every block.
+
+    Yields:
+        Views of `logits` and of each of the others.
     """
     if logits.numel() == 0:
         return
     most = BLOCK_TERMS["cuda"]
     if logits.device.type == "cpu":
         most = BLOCK_TERMS["cpu"] * torch.get_num_threads()
-    size = min(most, max(SMALLEST_BLOCK, logits.numel() // BLOCKS))
-    yield from _cut(list(logits.shape), logits.stride(), (), size)
+    yield from _cut((logits, *others), min(most, max(SMALLEST_BLOCK, logits.numel() // BLOCKS)))
 
 
-def _cut(
-    sizes: list[int], strides: tuple[int, ...], block: Block, block_terms: int
-) -> Iterator[Block]:
-    terms = math.prod(sizes)
-    dims = [dim for dim, size in enumerate(sizes[:-1]) if size > 1]
-    if terms <= block_terms or not dims:
-        yield block
+def _cut(parts: tuple[Any, ...], block_terms: int) -> Iterator[tuple[Any, ...]]:
+    logits = parts[0]
+    dims = [dim for dim, size in enumerate(logits.shape[:-1]) if size > 1]
+    if logits.numel() <= block_terms or not dims:
+        yield parts
         return
-    dim = max(dims, key=lambda dim: strides[dim])
-    step = max(1, block_terms * sizes[dim] // terms)
-    for start in range(0, sizes[dim], step):
-        length = min(step, sizes[dim] - start)
-        part = [*sizes[:dim], length, *sizes[dim + 1 :]]
-        yield from _cut(part, strides, (*block, (dim, start, length)), block_terms)
+    dim = max(dims, key=logits.stride)
+    size = logits.shape[dim]
+    most = max(1, block_terms * size // logits.numel())
+    pieces = math.ceil(size / most)  # of equal size: a small rest costs as much as a whole block
+    step = math.ceil(size / pieces)
+    split = [repeat(None) if x is None else x.split(step, dim) for x in parts]
+    for piece in zip(*split, strict=False):
+        yield from _cut(piece, block_terms)

@@ -36,8 +36,8 @@ class HingeLoss(ElementwiseLoss):
 
     def value_and_slope(self, z: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
         """Hinge loss and its derivative by z = -x_t, each of the shape of `z`."""
-        p_t = (-z).sigmoid()
-        value = (self.threshold - p_t).clamp_(min=0)
+        p_t = z.neg().sigmoid_()
         # 1 - p_t as a sigmoid of its own keeps its relative precision where p_t rounds to 1.
-        slope = z.sigmoid().mul_(p_t).mul_(value.sign())
-        return value, slope
+        slope = z.sigmoid().mul_(p_t)
+        value = p_t.neg_().add_(self.threshold).clamp_(min=0)
+        return value, slope.mul_(value.sign())

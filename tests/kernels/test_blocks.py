@@ -80,10 +80,11 @@ def test_blocks_tile_the_tensor(
     monkeypatch.setitem(blocks.BLOCK_TERMS, "cpu", block_terms)
     logits = torch.zeros(2, 5, 7, 4).permute(order)
     seen = torch.zeros(logits.shape[:-1])
-    for block in blocks.blocks(logits):
-        blocks.take(seen, block).add_(1)
-        part = blocks.take(logits, block)
+    for part, count, none in blocks.blocks(logits, seen, None):
+        assert none is None
+        assert part.shape[:-1] == count.shape
         assert part.numel() <= max(block_terms, logits.shape[-1])
+        count.add_(1)
     assert (seen == 1).all()
 
 
@@ -97,12 +98,23 @@ def test_a_block_lies_together_in_memory(monkeypatch: pytest.MonkeyPatch) -> Non
     """(1, A K, H, W) read as (1, H, W, A, K) is cut along A (dimension 3), its largest stride."""
     monkeypatch.setitem(blocks.BLOCK_TERMS, "cpu", 4 * 5 * 6)
     view = torch.zeros(1, 3, 4, 5, 6).permute(0, 3, 4, 1, 2)
-    assert list(blocks.blocks(view)) == [((3, a, 1),) for a in range(3)]
+    parts = [part for (part,) in blocks.blocks(view)]
+    assert [part.shape for part in parts] == [(1, 5, 6, 1, 4)] * 3
+    assert [part.storage_offset() for part in parts] == [0, 120, 240]
+
+
+def test_no_block_is_a_small_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 anchors in blocks of at most 30 are four times 25, not three times 30 and 10."""
+    monkeypatch.setitem(blocks.BLOCK_TERMS, "cpu", 30 * 4)
+    parts = [part for (part,) in blocks.blocks(torch.zeros(1, 100, 4))]
+    assert [part.shape[1] for part in parts] == [25] * 4
 
 
 def test_blocks_are_a_small_part_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However large a block may be, 800 terms are cut into eight, but not into crumbs."""
+    """However large a block may be, 800 terms are cut into 48, but not into crumbs."""
     monkeypatch.setitem(blocks.BLOCK_TERMS, "cpu", 1 << 20)
+    monkeypatch.setattr(blocks, "SMALLEST_BLOCK", 1)
+    assert len(list(blocks.blocks(torch.zeros(1, 200, 4)))) == 50  # of 16 terms
     monkeypatch.setattr(blocks, "SMALLEST_BLOCK", 100)
     assert len(list(blocks.blocks(torch.zeros(1, 200, 4)))) == 8
     monkeypatch.setattr(blocks, "SMALLEST_BLOCK", 400)
