@@ -41,8 +41,8 @@ def leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def check_before_building(check: Callable[[Any], None]) -> None:
-    """Have ``DefaultTrainer.build_model(cfg)`` call ``check(cfg)`` first.
+def check_before_building(check: Callable[[Any, type], None]) -> None:
+    """Have ``DefaultTrainer.build_model(cfg)`` call ``check(cfg, cls)`` first.
 
     Detectron2's own scripts have no other moment between the finished config and the data at which
     it is certain that this is a training or an evaluation: a bare ``build_model`` may be for
@@ -56,7 +56,7 @@ def check_before_building(check: Callable[[Any], None]) -> None:
 
     @functools.wraps(build.__func__)
     def build_model(cls: type[DefaultTrainer], cfg: Any) -> nn.Module:
-        check(cfg)
+        check(cfg, cls)
         model: nn.Module = build.__func__(cls, cfg)
         return model
 

@@ -66,6 +66,9 @@ def default_keys() -> dict[str, Any]:
         "MODEL.FOCAL_DET.NORMALIZER.NAME": "ema",
         # Count foreground anchors over all workers instead of in each alone.
         "MODEL.FOCAL_DET.NORMALIZER.SYNC": True,
+        # What becomes of a training image that cannot be used: "stop", or "skip" it and count. Read
+        # by focal_det's own trainer.
+        "DATALOADER.ON_BAD_IMAGE": "stop",
     }
     for name, loss in LOSS_REGISTRY:
         parameters = inspect.signature(loss).parameters
@@ -122,11 +125,12 @@ def check_model(cfg: CfgNode) -> None:
         log_first_n(logging.WARNING, warning, name=logger.name, key="message")
 
 
-def check_training(cfg: CfgNode) -> None:
+def check_training(cfg: CfgNode, trainer: type | None = None) -> None:
     """Check a config that is about to be trained or evaluated, before any data is read.
 
     Args:
         cfg: the config.
+        trainer: the class that is about to do so.
 
     Raises:
         ValueError: ``MODEL.RETINANET.NUM_CLASSES`` is not the number of classes of a data set. Key,
@@ -146,6 +150,11 @@ def check_training(cfg: CfgNode) -> None:
     warning = unusual_learning_rate(cfg)
     if warning:
         logger.warning(warning)
+    if cfg.DATALOADER.ON_BAD_IMAGE != "stop" and not getattr(trainer, "guards_images", False):
+        logger.warning(
+            f"DATALOADER.ON_BAD_IMAGE is {cfg.DATALOADER.ON_BAD_IMAGE!r}, but without effect: "
+            "train with focal_det's tools/train_net.py or focal_det.engine.Trainer"
+        )
 
 
 def check_num_classes(num_classes: int, dataset: str, split: str) -> None:

@@ -71,7 +71,8 @@ def test_every_key_is_read_by_something():
     """No dead key: the names, the normalizer's two, and what the losses' constructors take."""
     read = {key for _, loss in LOSS_REGISTRY for key in config_keys(loss).values()}
     names = {"HEAD.NAME", "IMPL", "LOSS.NAME", "NORMALIZER.NAME", "NORMALIZER.SYNC"}
-    assert set(default_keys()) - read == {f"MODEL.FOCAL_DET.{name}" for name in names}
+    names = {f"MODEL.FOCAL_DET.{name}" for name in names}
+    assert set(default_keys()) - read == names | {"DATALOADER.ON_BAD_IMAGE"}
 
 
 def test_start_up_line_says_what_the_config_resolves_to(small_cfg, caplog, monkeypatch):

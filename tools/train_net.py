@@ -25,6 +25,11 @@ def main(args: argparse.Namespace) -> None:
 def invoke_main() -> None:
     """Parse the command line and start the workers."""
     parser = default_argument_parser(epilog=__doc__)
+    parser.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="with --resume: go on although the checkpoint is of another loss or number of classes",
+    )
     args = parser.parse_args()
     if not Path(args.config_file).is_file():
         parser.error(f"--config-file must name a .yaml or .py file, got {args.config_file!r}")

@@ -3,9 +3,9 @@
 import argparse
 import logging
 import os
+import weakref
 from typing import Any
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.engine import (
@@ -27,13 +27,19 @@ from detectron2.evaluation import (
     verify_results,
 )
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from focal_det.compat import allow_ddp_on_cpu
 from focal_det.config import add_config, check_num_classes, describe
+from focal_det.data.loader import build_lazy_train_loader, build_train_loader
 from focal_det.modeling import FocalRetinaNet
 from focal_det.plugins import load_plugins
+
+from .checkpoint import Checkpointer
+from .resume import RunState, drop_unfit_state
+from .skipped import ReportSkipped
 
 logger = logging.getLogger(f"detectron2.{__name__}")
 
@@ -62,7 +68,65 @@ def build_evaluator(dataset_name: str, output_folder: str) -> DatasetEvaluator:
 
 
 class Trainer(DefaultTrainer):
-    """Detectron2's trainer; evaluates by the data set's annotation format."""
+    """Detectron2's trainer with exact resume; evaluates by the data set's annotation format.
+
+    A run that was killed at any moment and is started again with ``resume`` ends as it would have
+    ended: see :class:`focal_det.engine.resume.RunState`.
+
+    Args:
+        cfg: the config.
+        allow_changes: go on from a checkpoint of another loss or number of classes.
+    """
+
+    guards_images = True  # it heeds DATALOADER.ON_BAD_IMAGE
+
+    def __init__(self, cfg: CfgNode, *, allow_changes: bool = False) -> None:
+        self._allow_changes = allow_changes
+        super().__init__(cfg)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """A :class:`focal_det.data.loader.TrainLoader`."""
+        return build_train_loader(cfg)
+
+    def build_hooks(self) -> list[hooks.HookBase]:
+        """Detectron2's hooks, and what exact resume needs."""
+        # Here, since Detectron2 makes its own just before, which these hooks would hold.
+        self._run_state = RunState(
+            self.model,
+            self.data_loader,
+            identify(self.model),
+            self.cfg.SOLVER.CHECKPOINT_PERIOD,
+            os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"),
+            allow_changes=self._allow_changes,
+        )
+        self.checkpointer = Checkpointer(
+            self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
+        chosen = [hook for hook in super().build_hooks() if hook is not None]
+        return [ReportSkipped(self.data_loader), *self._run_state.join(chosen)]
+
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's writers."""
+        writers: list[EventWriter] = super().build_writers()
+        self._run_state.writers = writers
+        return writers
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Load the last checkpoint of OUTPUT_DIR, or ``MODEL.WEIGHTS``.
+
+        Args:
+            resume: go on from the last checkpoint, if there is one.
+
+        Raises:
+            ValueError: that checkpoint is of another loss or number of classes, and changes are not
+                allowed.
+        """
+        self.checkpointer.remove_partial_files()
+        found = self.checkpointer.has_checkpoint() if resume else None
+        super().resume_or_load(resume)
+        drop_unfit_state(self.optimizer)
+        self._run_state.start(self.start_iter, found)
 
     @classmethod
     def build_evaluator(
@@ -72,6 +136,18 @@ class Trainer(DefaultTrainer):
         return build_evaluator(
             dataset_name, output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         )
+
+
+def identify(model: nn.Module) -> dict[str, Any]:
+    """What a checkpoint must agree on with the model that goes on from it."""
+    model = getattr(model, "module", model)
+    if not isinstance(model, FocalRetinaNet):
+        return {"the model": type(model).__name__}
+    loss = model.cls_loss
+    return {
+        "the loss": f"{type(loss).__name__}({loss.extra_repr()})",
+        "the number of classes": model.num_classes,
+    }
 
 
 def run_yaml(args: argparse.Namespace) -> Any:
@@ -90,11 +166,11 @@ def run_yaml(args: argparse.Namespace) -> Any:
     cfg.freeze()
     default_setup(cfg, args)
     if not args.eval_only:
-        trainer = Trainer(cfg)
+        trainer = Trainer(cfg, allow_changes=args.allow_changes)
         trainer.resume_or_load(resume=args.resume)
         return trainer.train()
     model = Trainer.build_model(cfg)
-    checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     results = Trainer.test(cfg, model)
     if comm.is_main_process():
@@ -121,9 +197,9 @@ def run_lazy(args: argparse.Namespace) -> Any:
         logger.info(_describe_lazy(model))
     if args.eval_only:
         model = defaults.create_ddp_model(model)
-        DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
+        Checkpointer(model).load(cfg.train.init_checkpoint)
         return _evaluate_lazy(cfg, model)
-    return _train_lazy(cfg, model, resume=args.resume)
+    return _train_lazy(cfg, model, resume=args.resume, allow_changes=args.allow_changes)
 
 
 def _check_lazy(cfg: DictConfig) -> None:
@@ -144,42 +220,62 @@ def _describe_lazy(model: FocalRetinaNet) -> str:
     return describe(model.cls_loss, normalizer, prior, model.num_classes, num_anchors)
 
 
-def _train_lazy(cfg: DictConfig, model: nn.Module, resume: bool) -> Any:
+def _train_lazy(cfg: DictConfig, model: nn.Module, resume: bool, allow_changes: bool) -> Any:
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
+    if _detectron2_loads(cfg.dataloader.train):
+        cfg.dataloader.train._target_ = build_lazy_train_loader
+        cfg.dataloader.train.seed = cfg.train.get("seed", -1)
     loader = instantiate(cfg.dataloader.train)
     model = defaults.create_ddp_model(model, **cfg.train.ddp)
     trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
-    checkpointer = DetectionCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    output_dir = cfg.train.output_dir
+    state = RunState(
+        model,
+        loader,
+        identify(model),
+        cfg.train.checkpointer.period,
+        os.path.join(output_dir, "metrics.json"),
+        allow_changes=allow_changes,
+    )
+    checkpointer = Checkpointer(model, output_dir, trainer=trainer)
     latest: dict[str, Any] = {}
 
     def evaluate() -> Any:
         latest["results"] = _evaluate_lazy(cfg, model)
         return latest["results"]
 
+    chosen = [
+        hooks.IterationTimer(),
+        hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+    ]
     evaluation = hooks.EvalHook(cfg.train.eval_period, evaluate)
-    trainer.register_hooks(
-        [
-            hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-        ]
-    )
     if comm.is_main_process():
-        writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
-        trainer.register_hooks(
-            [
-                hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer),
-                evaluation,
-                hooks.PeriodicWriter(writers, period=cfg.train.log_period),
-            ]
-        )
+        state.writers = default_writers(output_dir, cfg.train.max_iter)
+        chosen += [
+            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer),
+            evaluation,
+            hooks.PeriodicWriter(state.writers, period=cfg.train.log_period),
+        ]
     else:
-        trainer.register_hooks([evaluation])
+        chosen.append(evaluation)
+    trainer.register_hooks([ReportSkipped(loader), *state.join(chosen)])
+    checkpointer.remove_partial_files()
+    found = checkpointer.has_checkpoint() if resume else None
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    drop_unfit_state(optimizer)
     # A checkpoint holds the iteration that was finished last.
-    start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
+    start = trainer.iter + 1 if found else 0
+    state.start(start, found)
     trainer.train(start, cfg.train.max_iter)
     return latest.get("results")
+
+
+def _detectron2_loads(train: DictConfig) -> bool:
+    """Whether the training data are to be loaded by Detectron2's own function."""
+    target = train._target_
+    name = target if isinstance(target, str) else f"{target.__module__}.{target.__qualname__}"
+    return name.startswith("detectron2.") and name.endswith(".build_detection_train_loader")
 
 
 def _evaluate_lazy(cfg: DictConfig, model: nn.Module) -> Any:

@@ -1,0 +1,111 @@
+"""Checkpoints that are whole or not there, and that execute nothing when they are read."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+
+from focal_det.safe_loading.checkpoints import load_checkpoint, load_torch, reads_by_torch_load
+
+PARTIAL = ".partial"
+"""Ending of a file that is being written."""
+
+
+class Checkpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, safe against kills, full disks and crafted files.
+
+    A checkpoint is written beside its place, flushed to the disk and renamed, then
+    ``last_checkpoint`` in the same way: whatever moment a process is killed at,
+    ``last_checkpoint`` names a whole file. What is read goes through
+    :mod:`focal_det.safe_loading`. Folders that are not local (``s3://...``) are written by
+    Detectron2's own means.
+
+    Args:
+        model, save_dir, save_to_disk, checkpointables: see ``DetectionCheckpointer``.
+    """
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write ``<save_dir>/<name>.pth`` and have ``last_checkpoint`` name it.
+
+        Args:
+            name: of the file, without its ending.
+            kwargs: further data to keep.
+
+        Raises:
+            OSError: the disk is full, say; the last checkpoint stays as it was.
+        """
+        if not self._is_local():
+            super().save(name, **kwargs)
+            return
+        if not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict()}
+        data |= {key: part.state_dict() for key, part in self.checkpointables.items()}
+        path = Path(self.save_dir) / f"{name}.pth"
+        self.logger.info(f"Saving checkpoint to {path}")
+        try:
+            write_whole(path, lambda file: torch.save({**data, **kwargs}, file))
+        except (OSError, RuntimeError) as error:  # PyTorch's writer wraps what the system said
+            last = self.get_checkpoint_file() or "there is none yet"
+            raise OSError(
+                f"checkpoint {path} could not be written: {error}. The last one is untouched: "
+                f"{last}"
+            ) from error
+        self.tag_last_checkpoint(path.name)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Have ``last_checkpoint`` name this file."""
+        if self._is_local():
+            name = last_filename_basename.encode()
+            write_whole(Path(self.save_dir) / "last_checkpoint", lambda file: file.write(name))
+        else:
+            super().tag_last_checkpoint(last_filename_basename)
+
+    def remove_partial_files(self) -> None:
+        """Remove what a process that was killed while it wrote has left."""
+        if self._is_local() and self.save_to_disk:
+            for path in Path(self.save_dir).glob(f"*{PARTIAL}"):
+                path.unlink()
+
+    def _is_local(self) -> bool:
+        return bool(self.save_dir) and "://" not in self.save_dir
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        if reads_by_torch_load(filename):
+            loaded: dict[str, Any] = super()._load_file(filename)
+            return loaded
+        return load_checkpoint(filename)
+
+    def _torch_load(self, f: str) -> Any:
+        return load_torch(f)
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file so that at any moment there is the old one or the new one, whole.
+
+    Args:
+        path: the file.
+        write: writes its content.
+
+    Raises:
+        OSError: it could not be written; the old one is untouched, and nothing else is left.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    # The new name must be on the disk too before anything relies on it.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
