@@ -16,6 +16,7 @@ from .losses import LOSS_REGISTRY
 from .losses.contract import config_keys
 from .losses.registry import get_key
 from .plugins import load_plugins
+from .safe_loading import install as load_files_safely
 
 # Below Detectron2's logger, whose handlers every Detectron2 script sets up.
 logger = logging.getLogger(f"detectron2.{__name__}")
@@ -29,6 +30,7 @@ def add_config(cfg: CfgNode) -> None:
     """See :func:`focal_det.add_config`."""
     load_plugins()
     allow_ddp_on_cpu()
+    load_files_safely()
     check_before_building(check_training)
     absent = object()
     for key, default in default_keys().items():

@@ -16,8 +16,10 @@ import os
 from typing import Any
 
 from detectron2.data.catalog import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json, register_coco_instances
+from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
+
+from focal_det.safe_loading.paths import check_inside
 
 from .digits_clutter import CLASS_NAMES, SPLITS, DigitsClutterSpec, generate
 
@@ -127,7 +129,24 @@ def register_from_env(value: str | None = None) -> None:
                 )
     for name, (json_file, image_root) in new.items():
         if name not in DatasetCatalog:
-            register_coco_instances(name, {}, json_file, image_root)
+            DatasetCatalog.register(
+                name, functools.partial(_load_inside, json_file, image_root, name)
+            )
+            MetadataCatalog.get(name).set(
+                json_file=json_file, image_root=image_root, evaluator_type="coco"
+            )
+
+
+def _load_inside(json_file: str, image_root: str, name: str) -> list[dict[str, Any]]:
+    """Detectron2's dataset dicts of a COCO file, all of whose images are inside their folder.
+
+    Raises:
+        ValueError: one is not; see :func:`focal_det.safe_loading.check_inside`.
+    """
+    records: list[dict[str, Any]] = load_coco_json(json_file, image_root, name)
+    for record in records:
+        record["file_name"] = check_inside(image_root, record["file_name"])
+    return records
 
 
 def _parse_entry(entry: str) -> tuple[str, str, str]:

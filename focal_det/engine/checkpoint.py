@@ -8,7 +8,7 @@ from typing import IO, Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
-from focal_det.safe_loading.checkpoints import load_checkpoint, load_torch, reads_by_torch_load
+from focal_det.safe_loading import load_checkpoint, load_torch, reads_by_torch_load
 
 PARTIAL = ".partial"
 """Ending of a file that is being written."""

@@ -36,6 +36,7 @@ from focal_det.config import add_config, check_num_classes, describe
 from focal_det.data.loader import build_lazy_train_loader, build_train_loader
 from focal_det.modeling import FocalRetinaNet
 from focal_det.plugins import load_plugins
+from focal_det.safe_loading import install as load_files_safely
 
 from .checkpoint import Checkpointer
 from .resume import RunState, drop_unfit_state
@@ -189,6 +190,7 @@ def run_lazy(args: argparse.Namespace) -> Any:
     """
     load_plugins()
     allow_ddp_on_cpu()
+    load_files_safely()
     cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
     default_setup(cfg, args)
     _check_lazy(cfg)
