@@ -23,6 +23,8 @@ import pytest
 import torch
 import yaml
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyConfig
+from detectron2.layers import ShapeSpec
 from fvcore.common.checkpoint import Checkpointer
 
 from focal_det.engine.checkpoint import Checkpointer as OurCheckpointer
@@ -737,3 +739,18 @@ def test_a_relative_root_is_meant_from_the_working_directory(tmp_path, monkeypat
     assert check_inside("", "a.png") == str(tmp_path / "a.png")
     with pytest.raises(ValueError, match="not inside"):
         check_inside("images", "../a.png")
+
+
+def test_a_saved_lazy_config_loads_again(tmp_path):
+    """It has ShapeSpecs, the one kind of object that is known, if they hold numbers."""
+    lazy = Path(__file__).parents[1] / "configs/lazy/focal_retinanet_R_50_FPN_1x.py"
+    config = LazyConfig.load(str(lazy))
+    path = tmp_path / "config.yaml"
+    LazyConfig.save(config, str(path))
+    text = path.read_text()
+    loaded = load_yaml(io.StringIO(text))
+    assert loaded["model"]["head"]["input_shape"] == [ShapeSpec(channels=256)] * 5
+    assert loaded["model"]["cls_loss"]["gamma"] == 2.0
+    for value in ("['a']", "'os'", "1, depth: 2"):
+        with pytest.raises(UnsafeFileError, match="ShapeSpec"):
+            load_yaml(io.StringIO(text.replace("{channels: 256", f"{{channels: {value}")))

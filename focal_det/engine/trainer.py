@@ -3,7 +3,9 @@
 import argparse
 import logging
 import os
+import tempfile
 import weakref
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
@@ -39,6 +41,7 @@ from focal_det.plugins import load_plugins
 from focal_det.safe_loading import install as load_files_safely
 
 from .checkpoint import Checkpointer
+from .guard import NonFiniteGuard
 from .resume import RunState, drop_unfit_state
 from .skipped import ReportSkipped
 
@@ -105,7 +108,14 @@ class Trainer(DefaultTrainer):
             self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
         chosen = [hook for hook in super().build_hooks() if hook is not None]
-        return [ReportSkipped(self.data_loader), *self._run_state.join(chosen)]
+        guard = NonFiniteGuard(
+            self.model,
+            self.optimizer,
+            self.cfg.OUTPUT_DIR,
+            grad_scaler=getattr(self._trainer, "grad_scaler", None),
+            config_yaml=self.cfg.dump(),
+        )
+        return [guard, ReportSkipped(self.data_loader), *self._run_state.join(chosen)]
 
     def build_writers(self) -> list[EventWriter]:
         """Detectron2's writers."""
@@ -223,6 +233,7 @@ def _describe_lazy(model: FocalRetinaNet) -> str:
 
 
 def _train_lazy(cfg: DictConfig, model: nn.Module, resume: bool, allow_changes: bool) -> Any:
+    config_yaml = _as_yaml(cfg)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     if _detectron2_loads(cfg.dataloader.train):
@@ -261,7 +272,14 @@ def _train_lazy(cfg: DictConfig, model: nn.Module, resume: bool, allow_changes: 
         ]
     else:
         chosen.append(evaluation)
-    trainer.register_hooks([ReportSkipped(loader), *state.join(chosen)])
+    guard = NonFiniteGuard(
+        model,
+        optimizer,
+        output_dir,
+        grad_scaler=getattr(trainer, "grad_scaler", None),
+        config_yaml=config_yaml,
+    )
+    trainer.register_hooks([guard, ReportSkipped(loader), *state.join(chosen)])
     checkpointer.remove_partial_files()
     found = checkpointer.has_checkpoint() if resume else None
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
@@ -271,6 +289,14 @@ def _train_lazy(cfg: DictConfig, model: nn.Module, resume: bool, allow_changes: 
     state.start(start, found)
     trainer.train(start, cfg.train.max_iter)
     return latest.get("results")
+
+
+def _as_yaml(cfg: DictConfig) -> str:
+    """A LazyConfig as text that can be loaded again."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        LazyConfig.save(cfg, str(path))
+        return path.read_text(encoding="utf-8")
 
 
 def _detectron2_loads(train: DictConfig) -> bool:

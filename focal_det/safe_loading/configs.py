@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import IO, Any
 
 import yaml
+from detectron2.layers import ShapeSpec
 
 from .pickles import UnsafeFileError
 
@@ -62,6 +63,20 @@ def _construct_numbers(loader: _PlainLoader, node: yaml.SequenceNode) -> Any:
         raise _refusal(node) from error
 
 
+def _construct_shape(loader: _PlainLoader, node: yaml.MappingNode) -> ShapeSpec:
+    """The one class of Detectron2 that ``LazyConfig.save`` writes out of its own configs."""
+    numbers = loader.construct_mapping(node)
+    if any(type(value) not in (int, type(None)) for value in numbers.values()):
+        raise _refusal(node)
+    try:
+        return ShapeSpec(**numbers)
+    except TypeError as error:  # another field than a shape has
+        raise _refusal(node) from error
+
+
+_PlainLoader.add_constructor(
+    "tag:yaml.org,2002:python/object:detectron2.layers.shape_spec.ShapeSpec", _construct_shape
+)
 _PlainLoader.add_constructor(None, _construct_unknown)
 _PlainLoader.add_constructor("tag:yaml.org,2002:python/object/apply:eval", _construct_numbers)
 
