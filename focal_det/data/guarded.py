@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -151,15 +152,17 @@ class _Tally:
 
     A folder with a file for each kind, of one byte for each count. Detectron2 pickles mappers by
     cloudpickle, which shared memory does not survive; a path does, and appending to a file is
-    atomic.
+    atomic. The folder is not made before there is something to count.
     """
 
     def __init__(self) -> None:
-        self.folder = tempfile.mkdtemp(prefix="focal_det_skipped_")
+        name = f"focal_det_skipped_{uuid.uuid4().hex}"
+        self.folder = os.path.join(tempfile.gettempdir(), name)
         atexit.register(_remove, self.folder, os.getpid())
 
     def add(self, kind: str) -> bool:
         """Count one of a kind; whether it is the first of all processes."""
+        os.makedirs(self.folder, mode=0o700, exist_ok=True)
         path = os.path.join(self.folder, kind)
         append = os.O_WRONLY | os.O_APPEND | os.O_CREAT
         try:
@@ -174,6 +177,8 @@ class _Tally:
 
     def counts(self) -> dict[str, int]:
         """How often each kind was counted."""
+        if not os.path.isdir(self.folder):
+            return {}
         return {entry.name: entry.stat().st_size for entry in os.scandir(self.folder)}
 
 
