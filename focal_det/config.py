@@ -139,7 +139,11 @@ def check_training(cfg: CfgNode, trainer: type | None = None) -> None:
             value and what is allowed are named.
     """
     if cfg.MODEL.META_ARCHITECTURE != META_ARCHITECTURE:
-        ours = [key for key, value in default_keys().items() if get_key(cfg, key, value) != value]
+        ours = [
+            key
+            for key, value in default_keys().items()
+            if key.startswith("MODEL.") and get_key(cfg, key, value) != value
+        ]
         if ours:
             logger.warning(
                 f"{', '.join(ours)} set, but without effect: MODEL.META_ARCHITECTURE is "

@@ -37,7 +37,7 @@ from focal_det.engine.resume import OF_THE_PROCESS
 ROOT = Path(__file__).resolve().parent.parent
 ITERATIONS, CHECKPOINT_PERIOD, EVAL_PERIOD = 30, 6, 15
 TIMEOUT = 600.0  # seconds for one run
-MOMENTS = ("at random", "writing a checkpoint", "evaluating")
+MOMENTS = ("at random", "writing a checkpoint", "writing the last checkpoint", "evaluating")
 DATA = DigitsClutterSpec(train_images=24, val_images=12)
 
 
@@ -88,9 +88,12 @@ def run_trials(
         bar = tqdm(chosen, desc="killed runs")
         for number, data_workers, moment in bar:
             output = home / "killed"
-            run = start(home, output, number, data_workers)
-            after = rng.uniform(0, training_seconds(whole[number, data_workers]))
-            run.kill_when(chance(moment, output, after))
+            while True:
+                run = start(home, output, number, data_workers)
+                after = rng.uniform(0, training_seconds(whole[number, data_workers]))
+                if run.kill_when(chance(moment, output, after)):
+                    break
+                shutil.rmtree(output)  # it was at its end before that moment came
             resumed_from = last_iteration(output)
             start(home, output, number, data_workers, resume=True).wait_for_end()
             trials.append(
@@ -137,8 +140,8 @@ class Run:
         if self.process.wait(TIMEOUT) != 0:
             raise RuntimeError(f"a run failed:\n{self.log.read_text()[-3000:]}")
 
-    def kill_when(self, is_time: Callable[[], bool]) -> None:
-        """SIGKILL to all of it at the first moment that `is_time`, or at its end."""
+    def kill_when(self, is_time: Callable[[], bool]) -> bool:
+        """SIGKILL to all of it at the first moment that `is_time`; whether that killed it."""
         end = time.monotonic() + TIMEOUT
         while self.process.poll() is None and not is_time():
             if time.monotonic() > end:
@@ -146,7 +149,7 @@ class Run:
             time.sleep(0.0005)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        return self.process.wait() == -signal.SIGKILL
 
 
 def start(home: Path, output: Path, processes: int, workers: int, resume: bool = False) -> Run:
@@ -191,10 +194,12 @@ def chance(moment: str, output: Path, after: float) -> Callable[[], bool]:
             if log.is_file() and "Starting training" in log.read_text():
                 began.append(time.monotonic())
             return False
-        if time.monotonic() - began[0] < after:
+        if moment != "writing the last checkpoint" and time.monotonic() - began[0] < after:
             return False
         if moment == "writing a checkpoint":
             return any(output.glob("*.partial"))
+        if moment == "writing the last checkpoint":
+            return (output / "model_final.pth.partial").exists()
         if moment == "evaluating":
             seen = log.read_text().count("Start inference")
             evaluations.append(seen)
@@ -222,6 +227,8 @@ def last_iteration(output: Path) -> int | None:
 def difference(whole: Path, resumed: Path) -> str | None:
     """Where two finished runs differ; None where they are the same bit for bit."""
     ends = [torch.load(x / "model_final.pth", weights_only=True) for x in (whole, resumed)]
+    for end in ends:
+        del end["trainer"]["hooks"]["RunState"]["metrics_size"]  # times are of different lengths
     where = first_difference(*ends)
     if where is not None:
         return f"model_final.pth{where}"

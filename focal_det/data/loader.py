@@ -52,6 +52,7 @@ class TrainLoader:
             padding.
         num_workers: data worker processes; 0 reads in this one.
         collate_fn: makes a batch of samples; by default it is their list.
+        options: of PyTorch's ``DataLoader``, such as ``pin_memory``.
         seed: what all randomness comes from; the same in all processes.
 
     Raises:
@@ -69,16 +70,15 @@ class TrainLoader:
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         seed: int = 0,
+        **options: Any,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
         if num_workers < 0:
             raise ValueError(f"num_workers must be 0 or more, got {num_workers}")
-        self.dataset = (
-            DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
-        )
+        self.dataset = _packed(dataset)
         self.mapper, self.make_sampler, self.batch_size = mapper, make_sampler, batch_size
-        self.num_workers, self.collate_fn = num_workers, collate_fn
+        self.num_workers, self.collate_fn, self.options = num_workers, collate_fn, options
         self.seed = seed
         self._first = 0
         self._landscape = _orientations(dataset) if aspect_ratio_grouping else None
@@ -89,15 +89,17 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Any]:
         batches = itertools.islice(self._index_batches(), self._first, None)
-        loader: DataLoader[Any] = DataLoader(
+        # A generator does nothing of this before the first batch is asked for; Detectron2 0.6 makes
+        # the iterator before it knows where training begins.
+        yield from DataLoader(
             _SeededSamples(self.dataset, self.mapper, self.seed),
             batch_sampler=cast(Any, batches),
             num_workers=self.num_workers,
             collate_fn=self.collate_fn or list,
             # Of its own, so that making an iterator takes nothing from the process's random state.
             generator=torch.Generator().manual_seed(self.seed),
+            **self.options,
         )
-        return iter(loader)
 
     def _index_batches(self) -> Iterator[list[tuple[int, int]]]:
         """Batches of (position in the stream of all processes, index of the image)."""
@@ -131,7 +133,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[Record], Any] | None = No
     )
     # With a sampler given, it makes none; that waits until the seed is known.
     parts = build._train_loader_from_config(cfg, mapper=mapper, sampler=_NoSampler())
-    dataset = parts["dataset"]
+    dataset = _packed(parts.pop("dataset"))
     if isinstance(dataset, IterableDataset):
         return _not_exact(build.build_detection_train_loader(cfg, mapper=mapper))
 
@@ -161,14 +163,17 @@ def build_lazy_train_loader(
     collate_fn: Callable[[list[Any]], Any] | None = None,
     seed: int = -1,
     on_bad_image: str = STOP,
+    **options: Any,
 ) -> Any:
     """A :class:`TrainLoader` from the arguments of ``build_detection_train_loader``.
 
     Args:
         dataset, mapper, total_batch_size, aspect_ratio_grouping, num_workers, collate_fn: as there.
-        sampler: as there; one of your own must give the same indices in each run.
+        sampler: as there; one of your own must give the same indices in each run. Detectron2's
+            draw a seed of their own if they are given none.
         seed: negative for one that is drawn for all processes.
         on_bad_image: what becomes of images that cannot be used; see :class:`GuardedMapper`.
+        options: of PyTorch's ``DataLoader``.
     """
     mapper = GuardedMapper(mapper, on_bad_image)
     if isinstance(dataset, IterableDataset):
@@ -179,8 +184,15 @@ def build_lazy_train_loader(
             aspect_ratio_grouping=aspect_ratio_grouping,
             num_workers=num_workers,
             collate_fn=collate_fn,
+            **options,
         )
         return _not_exact(loader)
+    if sampler is not None and seed < 0:
+        logger.warning(
+            "dataloader.train.sampler may draw another order when the run is resumed: set "
+            "train.seed, or the sampler's own"
+        )
+    dataset = _packed(dataset)
     return TrainLoader(
         dataset,
         mapper,
@@ -190,6 +202,7 @@ def build_lazy_train_loader(
         num_workers=num_workers,
         collate_fn=collate_fn,
         seed=seed if seed >= 0 else comm.shared_random_seed(),
+        **options,
     )
 
 
@@ -274,6 +287,11 @@ def _orientations(dataset: Sequence[Record] | Dataset[Record]) -> list[bool]:
             )
         wide.append(bool(record["width"] > record["height"]))
     return wide
+
+
+def _packed(dataset: Any) -> Any:
+    """A list as Detectron2 keeps it: in one buffer, which forked data workers do not copy."""
+    return DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
 
 
 def _not_exact(loader: Any) -> Any:

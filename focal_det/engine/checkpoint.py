@@ -1,5 +1,6 @@
 """Checkpoints that are whole or not there, and that execute nothing when they are read."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -48,13 +49,29 @@ class Checkpointer(DetectionCheckpointer):
         self.logger.info(f"Saving checkpoint to {path}")
         try:
             write_whole(path, lambda file: torch.save({**data, **kwargs}, file))
+            self.tag_last_checkpoint(path.name)
         except (OSError, RuntimeError) as error:  # PyTorch's writer wraps what the system said
             last = self.get_checkpoint_file() or "there is none yet"
             raise OSError(
                 f"checkpoint {path} could not be written: {error}. The last one is untouched: "
                 f"{last}"
             ) from error
-        self.tag_last_checkpoint(path.name)
+
+    def get_checkpoint_file(self) -> str:
+        """The file that ``last_checkpoint`` names, an empty text where there is none.
+
+        Raises:
+            FileNotFoundError: it names a file that is not there.
+        """
+        path: str = super().get_checkpoint_file()
+        if path and self._is_local() and not Path(path).is_file():
+            others = sorted(x.name for x in Path(self.save_dir).glob("*.pth"))
+            raise FileNotFoundError(
+                f"{Path(self.save_dir) / 'last_checkpoint'} names {Path(path).name!r}, which is "
+                f"not there; write the name of another into it ({', '.join(others) or 'none'}) or "
+                "remove it to begin anew"
+            )
+        return path
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Have ``last_checkpoint`` name this file."""
@@ -67,8 +84,9 @@ class Checkpointer(DetectionCheckpointer):
     def remove_partial_files(self) -> None:
         """Remove what a process that was killed while it wrote has left."""
         if self._is_local() and self.save_to_disk:
-            for path in Path(self.save_dir).glob(f"*{PARTIAL}"):
-                path.unlink()
+            for name in (f"*.pth{PARTIAL}", f"last_checkpoint{PARTIAL}"):
+                for path in Path(self.save_dir).glob(name):
+                    path.unlink()
 
     def _is_local(self) -> bool:
         return bool(self.save_dir) and "://" not in self.save_dir
@@ -107,5 +125,8 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks cannot
+            raise
     finally:
         os.close(folder)

@@ -1,6 +1,5 @@
 """What a run must remember, beyond weights and optimizer, to go on as if it had not stopped."""
 
-import json
 import logging
 import os
 import random
@@ -44,6 +43,8 @@ class RunState(HookBase):
             what a message should call them.
         period: iterations between checkpoints.
         metrics_file: what Detectron2's ``JSONWriter`` writes.
+        settings: what a run may be resumed with another value of, but not bit for bit: a warning
+            names it.
         allow_changes: go on from a checkpoint of a run with another identity.
 
     Attributes:
@@ -58,13 +59,19 @@ class RunState(HookBase):
         period: int,
         metrics_file: str | os.PathLike[str],
         *,
+        settings: dict[str, Any] | None = None,
         allow_changes: bool = False,
     ) -> None:
+        if period < 1:
+            raise ValueError(
+                "SOLVER.CHECKPOINT_PERIOD (in a LazyConfig: train.checkpointer.period) must be 1 "
+                f"or more iterations, got {period}"
+            )
         self.model, self.loader, self.identity, self.period = model, loader, identity, period
         self.metrics_file, self.allow_changes = Path(metrics_file), allow_changes
+        self.settings = settings or {}
         self.writers: Sequence[EventWriter] = ()
-        self._later: list[HookBase] = []
-        self._workers: list[dict[str, Any]] | None = None
+        self._workers: tuple[int, list[dict[str, Any]]] | None = None
         self._restored: dict[str, Any] | None = None
 
     def join(self, hooks: Sequence[HookBase]) -> list[HookBase]:
@@ -74,24 +81,27 @@ class RunState(HookBase):
         """
         kinds = (PeriodicCheckpointer, EvalHook)
         place = next((i for i, hook in enumerate(hooks) if isinstance(hook, kinds)), len(hooks))
-        self._later = [x for x in hooks[place:] if not isinstance(x, PeriodicCheckpointer)]
         return [*hooks[:place], self, *hooks[place:]]
 
     def after_step(self) -> None:
         """Gather what the other processes have to add, where a checkpoint is about to be made."""
         iteration = self.trainer.iter
         if (iteration + 1) % self.period == 0 or iteration >= self.trainer.max_iter - 1:
-            self._workers = comm.gather(self._worker_state())
+            self._workers = iteration, comm.gather(self._worker_state())
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the step that is being finished; plain numbers, strings and tensors."""
-        own = [self._worker_state()] if comm.get_world_size() == 1 else None
+        workers = [self._worker_state()] if comm.get_world_size() == 1 else None
+        if self._workers is not None and self._workers[0] == self.trainer.iter:
+            workers = self._workers[1]
         return {
             "identity": self.identity,
+            "settings": self.settings,
             "seed": getattr(self.loader, "seed", None),
             "scalars": _scalars(self.trainer.storage),
             "written": max(_written(self.writers).values(), default=-1),
-            "workers": own or self._workers,
+            "metrics_size": _size(self.metrics_file),
+            "workers": workers,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -100,7 +110,7 @@ class RunState(HookBase):
         Raises:
             ValueError: the checkpoint is of a run with another identity.
         """
-        self._check_identity(state["identity"])
+        self._check_identity(state["identity"], state["settings"])
         self._restored = state
 
     def start(self, iteration: int, found: bool | None) -> None:
@@ -121,32 +131,48 @@ class RunState(HookBase):
                 "go on from it, the order of the data and the random states begin anew"
             )
         elif found is not None and comm.is_main_process():
-            _cut_metrics(self.metrics_file, -1 if state is None else state["written"])
+            _cut(self.metrics_file, 0 if state is None else state["metrics_size"])
+        if found and not isinstance(self.loader, TrainLoader):
+            logger.warning(
+                "the training data are not loaded by focal_det.data.loader.build_train_loader: "
+                "their order begins anew"
+            )
 
     def before_train(self) -> None:
-        """Restore, and finish the step in which the checkpoint was made."""
+        """Restore."""
         if self._restored is None:
             return
-        state, self._restored = self._restored, None
+        state, storage = self._restored, self.trainer.storage
         self.trainer.iter = self.trainer.start_iter - 1
-        self.trainer.storage.iter = self.trainer.iter
         for name, scalar in state["scalars"].items():
             for value, iteration in scalar["values"]:
-                self.trainer.storage.put_scalar(
-                    name, value, smoothing_hint=scalar["smoothing_hint"], cur_iter=iteration
-                )
+                storage.iter = iteration
+                storage.put_scalar(name, value, smoothing_hint=scalar["smoothing_hint"])
+        storage.iter = self.trainer.iter
         for writer in _written(self.writers):
             writer._last_write = state["written"]
         workers = state["workers"]
         if workers is not None and len(workers) == comm.get_world_size():
             self._restore_worker(workers[comm.get_rank()])
+            self._workers = self.trainer.iter, workers
         else:
             logger.warning(
                 f"the checkpoint holds the random states of {len(workers or [])} processes and "
                 f"this run has {comm.get_world_size()}: it goes on, but not bit for bit"
             )
-        for hook in self._later:
-            hook.after_step()
+
+    def finish_step(self) -> None:
+        """Run the hooks of the step that the checkpoint was made in which came after it."""
+        if self._restored is None:
+            return
+        self._restored = None
+        hooks = self.trainer._hooks
+        place = next(i for i, hook in enumerate(hooks) if hook is self)
+        is_end = self.trainer.start_iter >= self.trainer.max_iter
+        for hook in hooks[place + 1 :]:
+            # At the end it writes two files, and a kill may have come between them.
+            if is_end or not isinstance(hook, PeriodicCheckpointer):
+                hook.after_step()
 
     def _worker_state(self) -> dict[str, Any]:
         algorithm, keys, *rest = np.random.get_state()
@@ -177,7 +203,13 @@ class RunState(HookBase):
         kept = self.model.state_dict().keys()
         return {name: x for name, x in self.model.named_buffers() if name in kept}
 
-    def _check_identity(self, found: dict[str, Any]) -> None:
+    def _check_identity(self, found: dict[str, Any], settings: dict[str, Any]) -> None:
+        for key, value in self.settings.items():
+            if key in settings and settings[key] != value:
+                logger.warning(
+                    f"{key} is {value!r}, the checkpoint was made with {settings[key]!r}: the run "
+                    "goes on, but not as the one that was interrupted"
+                )
         for key, value in self.identity.items():
             if found.get(key) == value:
                 continue
@@ -218,18 +250,30 @@ def _written(writers: Sequence[EventWriter]) -> dict[Any, int]:
     return {writer: last for writer, last in known.items() if isinstance(last, int)}
 
 
-def _cut_metrics(path: Path, written: int) -> None:
-    """Take from ``metrics.json`` what was written after a checkpoint: it will be written again.
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _cut(path: Path, size: int) -> None:
+    """Take from a file what was written after a checkpoint: it will be written again.
 
     The file is cut where it is, since a writer may have it open to append.
     """
-    if not path.is_file():
-        return
-    end = 0
-    with path.open("rb") as file:
-        for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["iteration"] > written:
-                break
-            end += len(line)
-    if end < path.stat().st_size:
-        os.truncate(path, end)
+    if _size(path) > size:
+        logger.info(f"{path} is cut to what it was when the checkpoint was made ({size} bytes)")
+        os.truncate(path, size)
+
+
+class FinishStep(HookBase):
+    """Has a :class:`RunState` finish its step once all hooks are ready; to be registered last.
+
+    Args:
+        state: the one that is registered too.
+    """
+
+    def __init__(self, state: RunState) -> None:
+        self._state = state
+
+    def before_train(self) -> None:
+        """See :meth:`RunState.finish_step`."""
+        self._state.finish_step()

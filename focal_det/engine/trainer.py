@@ -35,14 +35,14 @@ from torch import nn
 
 from focal_det.compat import allow_ddp_on_cpu
 from focal_det.config import add_config, check_num_classes, describe
-from focal_det.data.loader import build_lazy_train_loader, build_train_loader
+from focal_det.data.loader import TrainLoader, build_lazy_train_loader, build_train_loader
 from focal_det.modeling import FocalRetinaNet
 from focal_det.plugins import load_plugins
 from focal_det.safe_loading import install as load_files_safely
 
 from .checkpoint import Checkpointer
 from .guard import NonFiniteGuard
-from .resume import RunState, drop_unfit_state
+from .resume import FinishStep, RunState, drop_unfit_state
 from .skipped import ReportSkipped
 
 logger = logging.getLogger(f"detectron2.{__name__}")
@@ -87,6 +87,11 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode, *, allow_changes: bool = False) -> None:
         self._allow_changes = allow_changes
         super().__init__(cfg)
+        if not hasattr(self, "_run_state"):
+            raise TypeError(
+                f"{type(self).__name__}.build_hooks must add to super().build_hooks(), which has "
+                "what exact resume needs"
+            )
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
@@ -102,6 +107,11 @@ class Trainer(DefaultTrainer):
             identify(self.model),
             self.cfg.SOLVER.CHECKPOINT_PERIOD,
             os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"),
+            settings={
+                "SOLVER.IMS_PER_BATCH": self.cfg.SOLVER.IMS_PER_BATCH,
+                "SEED": self.cfg.SEED,
+                "DATASETS.TRAIN": list(self.cfg.DATASETS.TRAIN),
+            },
             allow_changes=self._allow_changes,
         )
         self.checkpointer = Checkpointer(
@@ -134,10 +144,33 @@ class Trainer(DefaultTrainer):
                 allowed.
         """
         self.checkpointer.remove_partial_files()
-        found = self.checkpointer.has_checkpoint() if resume else None
+        found = _checkpoint_everywhere(self.checkpointer) if resume else None
         super().resume_or_load(resume)
         drop_unfit_state(self.optimizer)
         self._run_state.start(self.start_iter, found)
+        for hook in self._hooks:
+            if isinstance(hook, hooks.PreciseBN) and isinstance(hook._data_loader, TrainLoader):
+                # It reads on where it stopped, NUM_ITER batches each time.
+                times = self.start_iter // max(1, self.cfg.TEST.EVAL_PERIOD)
+                hook._data_loader.seed = self.data_loader.seed
+                hook._data_loader.start_at(times * self.cfg.TEST.PRECISE_BN.NUM_ITER)
+
+    def train(self) -> Any:
+        """Train to the end; what Detectron2's method returns."""
+        self.register_hooks([FinishStep(self._run_state)])
+        return super().train()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Detectron2's, whose 0.6 leaves out the optimizer and the loss scale."""
+        state: dict[str, Any] = super().state_dict()
+        state.setdefault("_trainer", self._trainer.state_dict())
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What :meth:`state_dict` gave."""
+        super().load_state_dict(state_dict)
+        if "load_state_dict" not in vars(DefaultTrainer):  # 0.6
+            self._trainer.load_state_dict(state_dict["_trainer"])
 
     @classmethod
     def build_evaluator(
@@ -147,6 +180,22 @@ class Trainer(DefaultTrainer):
         return build_evaluator(
             dataset_name, output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         )
+
+
+def _checkpoint_everywhere(checkpointer: Checkpointer) -> bool:
+    """Whether there is a checkpoint to resume from.
+
+    Raises:
+        FileNotFoundError: some processes see one and others do not.
+    """
+    found = comm.all_gather(bool(checkpointer.get_checkpoint_file()))
+    if len(set(found)) > 1:
+        without = [rank for rank, has in enumerate(found) if not has]
+        raise FileNotFoundError(
+            f"processes {without} find no checkpoint in {checkpointer.save_dir!r}, the others do: "
+            "OUTPUT_DIR (in a LazyConfig: train.output_dir) must be shared by all machines"
+        )
+    return bool(found[0])
 
 
 def identify(model: nn.Module) -> dict[str, Any]:
@@ -249,6 +298,10 @@ def _train_lazy(cfg: DictConfig, model: nn.Module, resume: bool, allow_changes: 
         identify(model),
         cfg.train.checkpointer.period,
         os.path.join(output_dir, "metrics.json"),
+        settings={
+            "dataloader.train.total_batch_size": cfg.dataloader.train.get("total_batch_size"),
+            "train.seed": cfg.train.get("seed", -1),
+        },
         allow_changes=allow_changes,
     )
     checkpointer = Checkpointer(model, output_dir, trainer=trainer)
@@ -279,9 +332,9 @@ def _train_lazy(cfg: DictConfig, model: nn.Module, resume: bool, allow_changes: 
         grad_scaler=getattr(trainer, "grad_scaler", None),
         config_yaml=config_yaml,
     )
-    trainer.register_hooks([guard, ReportSkipped(loader), *state.join(chosen)])
+    trainer.register_hooks([guard, ReportSkipped(loader), *state.join(chosen), FinishStep(state)])
     checkpointer.remove_partial_files()
-    found = checkpointer.has_checkpoint() if resume else None
+    found = _checkpoint_everywhere(checkpointer) if resume else None
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     drop_unfit_state(optimizer)
     # A checkpoint holds the iteration that was finished last.

@@ -69,7 +69,7 @@ def _construct_shape(loader: _PlainLoader, node: yaml.MappingNode) -> ShapeSpec:
     if any(type(value) not in (int, type(None)) for value in numbers.values()):
         raise _refusal(node)
     try:
-        return ShapeSpec(**numbers)
+        return ShapeSpec(**{str(name): value for name, value in numbers.items()})
     except TypeError as error:  # another field than a shape has
         raise _refusal(node) from error
 

@@ -149,3 +149,27 @@ def test_from_the_arguments_of_detectron2s_function():
     assert drawn[0] == drawn[1]
     with pytest.raises(ValueError, match=r"IMS_PER_BATCH .*is 0; .*multiple of their number, 1"):
         build_lazy_train_loader(RECORDS, mapper=draw, total_batch_size=0)
+
+
+def test_the_place_may_be_said_after_the_iterator_is_made():
+    """Detectron2 0.6 makes it first."""
+    loader = make()
+    batches = iter(loader)
+    loader.start_at(5)
+    assert next(batches) == take(make(), 1, first=5)[0]
+
+
+def test_options_of_pytorchs_loader():
+    loader = build_lazy_train_loader(
+        RECORDS,
+        mapper=draw,
+        total_batch_size=2,
+        aspect_ratio_grouping=False,
+        num_workers=1,
+        seed=3,
+        prefetch_factor=1,
+    )
+    plain = build_lazy_train_loader(
+        RECORDS, mapper=draw, total_batch_size=2, aspect_ratio_grouping=False, seed=3
+    )
+    assert take(loader, 2) == take(plain, 2)

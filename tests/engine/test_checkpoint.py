@@ -1,8 +1,10 @@
 """Checkpoints are whole or not there."""
 
+import errno
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -110,3 +112,25 @@ def test_a_file_has_its_old_content_until_the_new_one_is_whole(tmp_path):
         write_whole(path, fail)
     assert path.read_bytes() == b"new"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_last_checkpoint_that_is_not_there_is_named(tmp_path):
+    checkpointer = Checkpointer(nn.Linear(2, 3), str(tmp_path))
+    checkpointer.save("model_0000004")
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
+    with pytest.raises(FileNotFoundError, match=r"names 'model_0000009.pth'.*model_0000004\.pth"):
+        checkpointer.resume_or_load("", resume=True)
+
+
+def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path, monkeypatch):
+    """Some network disks: the file itself is flushed and in its place."""
+    fsync = os.fsync
+
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "cannot")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    write_whole(tmp_path / "file", lambda file: file.write(b"x"))
+    assert (tmp_path / "file").read_bytes() == b"x"

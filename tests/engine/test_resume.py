@@ -1,6 +1,5 @@
 """Runs that go on as if they had not stopped, most of them in this process."""
 
-import json
 import logging
 import math
 import sys
@@ -9,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.data import build_detection_train_loader
 from detectron2.engine import HookBase, default_argument_parser, hooks
+from detectron2.utils.env import seed_all_rng
 from torch import nn
 
 from focal_det import add_config
@@ -52,10 +53,10 @@ class Stop(HookBase):
             raise Stop.Killed
 
 
-def train(cfg, stop_at=None, resume=False, **arguments):
+def train(cfg, stop_at=None, resume=False, kind=Trainer, **arguments):
     Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True)
-    torch.manual_seed(cfg.SEED)
-    trainer = Trainer(cfg, **arguments)
+    seed_all_rng(cfg.SEED)
+    trainer = kind(cfg, **arguments)
     trainer.resume_or_load(resume)
     if stop_at is None:
         trainer.train()
@@ -176,25 +177,104 @@ def test_without_resume_nothing_that_is_there_is_cut(small, tmp_path):
     assert (tmp_path / "run" / "metrics.json").read_text().startswith(before)
 
 
-def test_metrics_are_cut_where_the_checkpoint_was(tmp_path):
+def test_metrics_are_cut_where_the_checkpoint_was(tmp_path, caplog):
+    """Whatever else is in the file, which another run may have begun."""
     path = tmp_path / "metrics.json"
-    lines = [json.dumps({"iteration": i, "x": 1.0}) + "\n" for i in (4, 9, 14)]
     loader = TrainLoader([{}], dict, lambda: None, 1, aspect_ratio_grouping=False)
 
-    def state(written):
+    def state(size):
         run = RunState(nn.Identity(), loader, {}, 5, path)
-        run.load_state_dict({"identity": {}, "seed": 3, "written": written})
+        run.load_state_dict(
+            {"identity": {}, "settings": {}, "seed": 3, "metrics_size": size, "written": 9}
+        )
         return run
 
-    path.write_text("".join(lines) + '{"iteration": 19, "x"')  # a kill amid a line
+    path.write_text("of another run\n12345")
     with path.open("a") as writer:  # as Detectron2's writer has it open by then
-        state(9).start(10, found=True)
-        assert path.read_text() == "".join(lines[:2])
-        writer.write(lines[2])
-    assert path.read_text() == "".join(lines)
-    state(-1).start(0, found=True)
+        state(17).start(10, found=True)
+        assert path.read_text() == "of another run\n12"
+        writer.write("6")
+    assert path.read_text() == "of another run\n126"
+    state(100).start(10, found=True)
+    assert path.read_text() == "of another run\n126"
+    RunState(nn.Identity(), loader, {}, 5, path).start(0, found=None)
+    assert path.read_text() == "of another run\n126"
+    RunState(nn.Identity(), loader, {}, 5, path).start(0, found=False)
     assert path.read_text() == ""
+    assert "is cut to what it was" in caplog.text
     assert loader.seed == 3
+
+
+def test_a_kill_between_the_two_last_files_is_mended(small, tmp_path):
+    """With a period that divides the iterations, the last step writes two checkpoints."""
+    options = ("SOLVER.MAX_ITER", 6)
+    train(config(small, tmp_path / "whole", *options))
+    output = tmp_path / "killed"
+    train(config(small, output, *options))
+    (output / "model_final.pth").unlink()
+    (output / "last_checkpoint").write_text("model_0000005.pth")
+    train(config(small, output, *options), resume=True)
+    assert difference(tmp_path / "whole", output) is None
+
+
+def test_hooks_of_a_subclass_take_part_in_the_pending_step(small, tmp_path):
+    class Validation(HookBase):
+        def after_step(self):
+            if (self.trainer.iter + 1) % 3 == 0:
+                self.trainer.storage.put_scalar("validation", self.trainer.iter)
+
+    class Subclass(Trainer):
+        def build_hooks(self):
+            made = super().build_hooks()
+            made.insert(-1, Validation())
+            return made
+
+    train(config(small, tmp_path / "whole"), kind=Subclass)
+    train(config(small, tmp_path / "run"), stop_at=4, kind=Subclass)
+    train(config(small, tmp_path / "run"), resume=True, kind=Subclass)
+    assert difference(tmp_path / "whole", tmp_path / "run") is None
+
+
+def test_precise_batch_norm_goes_on_too(small, tmp_path):
+    options = (
+        *("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2, "TEST.EVAL_PERIOD", 3),
+        *("DATASETS.TEST", (small,)),
+    )
+    train(config(small, tmp_path / "whole", *options))
+    train(config(small, tmp_path / "run", *options), stop_at=7)
+    train(config(small, tmp_path / "run", *options), resume=True)
+    assert difference(tmp_path / "whole", tmp_path / "run") is None
+
+
+def test_a_subclass_that_drops_our_hooks_is_told(small, tmp_path):
+    class Scratch(Trainer):
+        def build_hooks(self):
+            return [hooks.IterationTimer()]
+
+    with pytest.raises(TypeError, match=r"Scratch\.build_hooks must add to super\(\)"):
+        train(config(small, tmp_path / "run"), kind=Scratch)
+
+
+def test_a_loader_of_ones_own_is_told(small, tmp_path, caplog):
+    class Plain(Trainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return build_detection_train_loader(cfg)
+
+    train(config(small, tmp_path / "run"), stop_at=4, kind=Plain)
+    train(config(small, tmp_path / "run"), resume=True, kind=Plain)
+    assert "not loaded by focal_det.data.loader.build_train_loader" in caplog.text
+
+
+def test_other_settings_are_told(small, tmp_path, caplog):
+    train(config(small, tmp_path / "run"), stop_at=4)
+    train(config(small, tmp_path / "run", "SOLVER.IMS_PER_BATCH", 3), resume=True)
+    assert "SOLVER.IMS_PER_BATCH is 3, the checkpoint was made with 2" in caplog.text
+
+
+def test_a_period_of_0_is_refused(small, tmp_path):
+    with pytest.raises(ValueError, match=r"CHECKPOINT_PERIOD .* must be 1 or more .*, got 0"):
+        train(config(small, tmp_path / "run", "SOLVER.CHECKPOINT_PERIOD", 0))
 
 
 def test_its_place_is_before_the_checkpoint_or_the_evaluation(tmp_path):
