@@ -5,11 +5,12 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test format lint docs benchmark clean
+.PHONY: help install demo test test-slow format lint docs benchmark clean
 
 help:
 	@echo "make demo     install, make the digits data, train with four losses, write a report"
 	@echo "make test     install and run the tests"
+	@echo "make test-slow    the tests that take minutes: 20 killed runs, thousands of steps"
 	@echo "make lint     formatter check, linter, type checker"
 	@echo "make format   format the code"
 	@echo "make docs     regenerate the tables in README.md and docs/performance.md"
@@ -36,6 +37,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(RUN) -m pytest
+
+test-slow: $(INSTALLED)
+	$(RUN) -m pytest -m slow --numprocesses=0
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff format --check .
