@@ -5,12 +5,13 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow format lint docs benchmark clean
+.PHONY: help install demo test test-slow test-matrix format lint docs benchmark clean
 
 help:
 	@echo "make demo     install, make the digits data, train with four losses, write a report"
 	@echo "make test     install and run the tests"
 	@echo "make test-slow    the tests that take minutes: 20 killed runs, thousands of steps"
+	@echo "make test-matrix  the tests with other versions of Python, PyTorch and Detectron2"
 	@echo "make lint     formatter check, linter, type checker"
 	@echo "make format   format the code"
 	@echo "make docs     regenerate the tables in README.md and docs/performance.md"
@@ -41,6 +42,9 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(RUN) -m pytest -m slow --numprocesses=0
 
+test-matrix: $(INSTALLED)
+	$(RUN) tools/test_matrix.py
+
 lint: $(INSTALLED)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
@@ -59,4 +63,4 @@ benchmark: $(INSTALLED)
 	$(RUN) tools/docs.py
 
 clean:
-	rm -rf $(VENV) output build dist *.egg-info
+	rm -rf $(VENV) .matrix output build dist *.egg-info

@@ -21,8 +21,9 @@ DETECTRON2 = (
     "-r requirements/detectron2.txt --target "
     f"{shlex.quote(sysconfig.get_path('purelib'))}"
 )
-# Detectron2 0.6 uses a name that Pillow 10 dropped.
+# Detectron2 0.6 uses names that Pillow 10 and NumPy 1.24 dropped.
 PILLOW = f"{PIP} 'pillow<10'"
+NUMPY = f"{PIP} 'numpy<1.24' 'matplotlib<3.11' 'opencv-python-headless<4.12'"
 DEPENDENCIES = (
     "fvcore", "iopath", "omegaconf", "hydra", "yacs", "pycocotools", "matplotlib", "termcolor",
     "tabulate", "cloudpickle", "tqdm", "tensorboard", "packaging", "PIL", "numpy", "cv2",
@@ -116,6 +117,14 @@ def _version(distribution: str) -> str:
 
 
 def _known_traps() -> Iterator[Finding]:
+    try:
+        # Training begins with it.
+        histogram = importlib.import_module("detectron2.data.build").print_instances_class_histogram
+        histogram([], ["thing"])
+    except Exception as error:  # others are told above
+        if "module 'numpy'" in str(error):
+            found = f"too new for this Detectron2: {str(error).splitlines()[0]}"
+            yield Finding("numpy", found, NUMPY)
     try:
         importlib.import_module("pkg_resources")
     except ImportError:

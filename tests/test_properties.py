@@ -160,12 +160,12 @@ def test_the_order_of_the_anchors_does_not_matter(
 
 
 @looked_at(max_examples=60)
-@given(ANY_LOSS, scenes(), st.data())
+@given(ANY_LOSS, scenes(), st.sampled_from([1, 40]), st.data())
 def test_ignored_anchors_do_not_matter(
-    loss: ElementwiseLoss, scene: tuple[Tensor, Tensor], data: st.DataObject
+    loss: ElementwiseLoss, scene: tuple[Tensor, Tensor], copies: int, data: st.DataObject
 ) -> None:
-    """Whatever their logits are."""
-    logits, labels = scene
+    """Whatever their logits are, be they many among the others or few."""
+    logits, labels = scene[0].repeat(copies, 1), scene[1].repeat(copies)
     any_logit = LOGITS | st.sampled_from([math.nan, math.inf, -math.inf])
     others = double(data.draw(st.lists(any_logit, min_size=4, max_size=4)))
     places = data.draw(st.lists(st.integers(0, len(labels)), max_size=4))

@@ -301,7 +301,7 @@ class ElementwiseLoss(ClassificationLoss):
         if self._parameters or self._buffers or self._modules:
             return None
         own = {name: x for name, x in vars(self).items() if name not in MODULE_ATTRIBUTES}
-        simple = all(isinstance(x, int | float | str | None) for x in own.values())
+        simple = all(isinstance(x, (int, float, str, type(None))) for x in own.values())
         return (type(self), *sorted(own.items())) if simple else None
 
     def elementwise(self, logits: Tensor, labels: Tensor) -> Tensor:

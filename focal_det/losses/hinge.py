@@ -32,7 +32,7 @@ class HingeLoss(ElementwiseLoss):
 
     def value(self, x_t: Tensor, foreground: bool) -> Tensor:
         """Hinge loss, of the shape of `x_t`."""
-        return (self.threshold - x_t.sigmoid()).clamp(min=0)
+        return (self.threshold - x_t.sigmoid()).relu()
 
     def value_and_slope(self, z: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
         """Hinge loss and its derivative by z = -x_t, each of the shape of `z`."""

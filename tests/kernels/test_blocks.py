@@ -165,7 +165,7 @@ def test_the_loss_is_given_float32_or_better(dtype: torch.dtype) -> None:
 
     def typed(x: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
         assert x.dtype == accurate
-        assert not torch.is_autocast_enabled("cpu")
+        assert not torch.is_autocast_cpu_enabled()
         return weigh(x, foreground)
 
     leaf = logits.to(dtype).requires_grad_()

@@ -7,6 +7,7 @@ from detectron2.modeling.box_regression import (
     Box2BoxTransformLinear,
     _dense_box_regression_loss,
 )
+from detectron2.structures import Boxes
 
 from focal_det.modeling import box_loss
 from focal_det.modeling.box_loss import box_loss_per_image
@@ -64,7 +65,7 @@ def problem(num_anchors=60):
 def detectron2s(anchors, deltas, gt_boxes, is_foreground, transform, kind, beta):
     sums = [
         _dense_box_regression_loss(
-            [anchors], transform, [x[None]], [boxes], foreground[None], kind, beta
+            [Boxes(anchors)], transform, [x[None]], [boxes], foreground[None], kind, beta
         )
         for x, boxes, foreground in zip(deltas, gt_boxes, is_foreground, strict=True)
     ]

@@ -13,7 +13,7 @@ from detectron2.modeling.meta_arch import RetinaNet, retinanet
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from focal_det.modeling.inference import detect_single_image, select_candidates
 
@@ -281,8 +281,10 @@ class NewTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        old = {x.untyped_storage().data_ptr() for x in tree_leaves(args) if isinstance(x, Tensor)}
-        for x in tree_leaves(out):
+        old = {
+            x.untyped_storage().data_ptr() for x in tree_flatten(args)[0] if isinstance(x, Tensor)
+        }
+        for x in tree_flatten(out)[0]:
             if (
                 isinstance(x, Tensor)
                 and x.is_floating_point()

@@ -240,7 +240,10 @@ def test_the_test_finds_each_step_of_detectron2_waiting(step):
         lambda x: x.nonzero(),
         lambda x: x[x > 0],
         lambda x: x.__setitem__(x > 0, x),
-        lambda x: torch.tensor([1.0, 2.0], device=x.device),
+        pytest.param(
+            lambda x: torch.tensor([1.0, 2.0], device=x.device),
+            marks=pytest.mark.skipif(torch.__version__ < (2, 2), reason="cannot be faked there"),
+        ),
         lambda x: torch.zeros(2).to(x.device),
         lambda x: x.copy_(torch.zeros(3)),
         lambda x: torch.equal(x, x),
