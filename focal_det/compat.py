@@ -61,3 +61,13 @@ def check_before_building(check: Callable[[Any, type], None]) -> None:
         return model
 
     DefaultTrainer.build_model = classmethod(build_model)
+
+
+def keeps_inner_trainer() -> bool:
+    """Whether ``DefaultTrainer`` keeps the optimizer and the loss scale in its checkpoints.
+
+    That of 0.6 does not; ours does it there instead. Can go with the support of 0.6.
+    """
+    from detectron2.engine import DefaultTrainer
+
+    return "state_dict" in vars(DefaultTrainer)

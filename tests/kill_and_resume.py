@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from focal_det.analysis.records import environment
+from focal_det.analysis.records import environment, save
 from focal_det.data import DigitsClutterSpec, generate
 from focal_det.engine.resume import OF_THE_PROCESS
 
@@ -65,7 +65,7 @@ def main() -> int:
             "seed": args.seed,
             "trials": trials,
         }
-        args.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        save(record, args.record)
     return 0 if same == len(trials) else 1
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lazy_config import TINY_LAZY
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -127,20 +128,7 @@ def test_our_script_trains_resumes_and_evaluates(shapes, tmp_path):
 
 def test_our_script_trains_a_lazy_config(shapes, tmp_path):
     config = tmp_path / "tiny.py"
-    config.write_text(
-        (ROOT / "configs" / "lazy" / "focal_retinanet_R_50_FPN_1x.py").read_text()
-        + """
-model.backbone.bottom_up.stages.depth = 18
-model.backbone.bottom_up.stages.norm = "BN"
-del model.backbone.bottom_up.stages.stride_in_1x1
-model.backbone.bottom_up.freeze_at = 0
-model.backbone.top_block.in_channels = 512
-model.backbone.out_channels = 32
-model.head.input_shape = [L(ShapeSpec)(channels=32)] * 5
-model.head.conv_dims = [32]
-"""
-    )
-    config.write_text("from detectron2.layers import ShapeSpec\n" + config.read_text())
+    config.write_text(TINY_LAZY)
     overrides = [
         "model.num_classes=2", "model.cls_loss.gamma=1.0", "train.device=cpu", "train.max_iter=2",
         "train.init_checkpoint=''", f"train.output_dir={tmp_path}/out",

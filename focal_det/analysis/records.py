@@ -6,12 +6,13 @@ throughout, never NaN, so that the files are JSON by its standard.
 
 import json
 import math
-import os
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from focal_det.files import write_whole
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -177,9 +178,8 @@ def save(results: dict[str, Any], path: Path) -> None:
     Raises:
         ValueError: a number that is not finite.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from detectron2.utils.events import EventWriter
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from focal_det.compat import allow_ddp_on_cpu
+from focal_det.compat import allow_ddp_on_cpu, keeps_inner_trainer
 from focal_det.config import add_config, check_num_classes, describe
 from focal_det.data.loader import TrainLoader, build_lazy_train_loader, build_train_loader
 from focal_det.modeling import FocalRetinaNet
@@ -118,14 +118,9 @@ class Trainer(DefaultTrainer):
             self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
         chosen = [hook for hook in super().build_hooks() if hook is not None]
-        guard = NonFiniteGuard(
-            self.model,
-            self.optimizer,
-            self.cfg.OUTPUT_DIR,
-            grad_scaler=getattr(self._trainer, "grad_scaler", None),
-            config_yaml=self.cfg.dump(),
+        return _with_ours(
+            chosen, self._trainer, self._run_state, self.cfg.OUTPUT_DIR, self.cfg.dump()
         )
-        return [guard, ReportSkipped(self.data_loader), *self._run_state.join(chosen)]
 
     def build_writers(self) -> list[EventWriter]:
         """Detectron2's writers."""
@@ -161,15 +156,16 @@ class Trainer(DefaultTrainer):
         return super().train()
 
     def state_dict(self) -> dict[str, Any]:
-        """Detectron2's, whose 0.6 leaves out the optimizer and the loss scale."""
+        """Detectron2's, with the optimizer and the loss scale in any version."""
         state: dict[str, Any] = super().state_dict()
-        state.setdefault("_trainer", self._trainer.state_dict())
+        if not keeps_inner_trainer():
+            state["_trainer"] = self._trainer.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What :meth:`state_dict` gave."""
         super().load_state_dict(state_dict)
-        if "load_state_dict" not in vars(DefaultTrainer):  # 0.6
+        if not keeps_inner_trainer():
             self._trainer.load_state_dict(state_dict["_trainer"])
 
     @classmethod
@@ -180,6 +176,24 @@ class Trainer(DefaultTrainer):
         return build_evaluator(
             dataset_name, output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         )
+
+
+def _with_ours(
+    chosen: list[hooks.HookBase],
+    trainer: SimpleTrainer,
+    state: RunState,
+    output_dir: str,
+    config_yaml: str,
+) -> list[hooks.HookBase]:
+    """Detectron2's hooks and ours, in their order."""
+    guard = NonFiniteGuard(
+        trainer.model,
+        trainer.optimizer,
+        output_dir,
+        grad_scaler=getattr(trainer, "grad_scaler", None),
+        config_yaml=config_yaml,
+    )
+    return [guard, ReportSkipped(trainer.data_loader), *state.join(chosen)]
 
 
 def _checkpoint_everywhere(checkpointer: Checkpointer) -> bool:
@@ -325,14 +339,8 @@ def _train_lazy(cfg: DictConfig, model: nn.Module, resume: bool, allow_changes: 
         ]
     else:
         chosen.append(evaluation)
-    guard = NonFiniteGuard(
-        model,
-        optimizer,
-        output_dir,
-        grad_scaler=getattr(trainer, "grad_scaler", None),
-        config_yaml=config_yaml,
-    )
-    trainer.register_hooks([guard, ReportSkipped(loader), *state.join(chosen), FinishStep(state)])
+    ours = _with_ours(chosen, trainer, state, output_dir, config_yaml)
+    trainer.register_hooks([*ours, FinishStep(state)])
     checkpointer.remove_partial_files()
     found = _checkpoint_everywhere(checkpointer) if resume else None
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)

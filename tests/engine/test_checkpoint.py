@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from focal_det.engine.checkpoint import Checkpointer, write_whole
+from focal_det.engine.checkpoint import Checkpointer
+from focal_det.files import write_whole
 
 
 class Broken:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,8 @@ from detectron2.config import get_cfg
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import HookBase, default_argument_parser, hooks
 from detectron2.utils.env import seed_all_rng
+from kill_and_resume import difference, first_difference, run_trials
+from lazy_config import TINY_LAZY
 from torch import nn
 
 from focal_det import add_config
@@ -18,9 +19,6 @@ from focal_det.data.loader import TrainLoader
 from focal_det.engine import Trainer, run_lazy
 from focal_det.engine.checkpoint import Checkpointer
 from focal_det.engine.resume import RunState, drop_unfit_state
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from kill_and_resume import difference, first_difference, run_trials
 
 DEMO = Path(__file__).parents[2] / "configs/demo/focal_retinanet_digits.yaml"
 
@@ -287,16 +285,6 @@ def test_its_place_is_before_the_checkpoint_or_the_evaluation(tmp_path):
 
 
 LAZY = """
-from detectron2.layers import ShapeSpec
-{base}
-model.backbone.bottom_up.stages.depth = 18
-model.backbone.bottom_up.stages.norm = "BN"
-del model.backbone.bottom_up.stages.stride_in_1x1
-model.backbone.bottom_up.freeze_at = 0
-model.backbone.top_block.in_channels = 512
-model.backbone.out_channels = 32
-model.head.input_shape = [L(ShapeSpec)(channels=32)] * 5
-model.head.conv_dims = [32]
 model.num_classes = 2
 del dataloader.evaluator
 dataloader.train.dataset.names = dataloader.test.dataset.names = "{name}"
@@ -311,11 +299,9 @@ train.update(
 
 
 def test_a_lazy_config_resumes_exactly_too(small, tmp_path, monkeypatch):
-    base = (DEMO.parents[1] / "lazy/focal_retinanet_R_50_FPN_1x.py").read_text()
-
     def run(name, *flags):
         file = tmp_path / f"{name}.py"
-        file.write_text(LAZY.format(base=base, name=small, output=tmp_path / name))
+        file.write_text(TINY_LAZY + LAZY.format(name=small, output=tmp_path / name))
         parser = default_argument_parser()
         parser.add_argument("--allow-changes", action="store_true")
         run_lazy(parser.parse_args(["--config-file", str(file), *flags]))
