@@ -27,7 +27,9 @@ def load_plugins(names: str | None = None) -> None:
             else:
                 importlib.import_module(entry)
         except Exception as error:
-            raise ImportError(f"FOCAL_DET_PLUGINS: {entry!r}: {error}") from error
+            raise ImportError(
+                f"FOCAL_DET_PLUGINS: {entry!r}: {type(error).__name__}: {error}"
+            ) from error
 
 
 def _load_file(path: Path) -> None:

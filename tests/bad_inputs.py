@@ -695,7 +695,18 @@ for input, logits, labels, says in (
     ("labels that are bools", LOGITS, LABELS > 0, "labels must be integers (int64), got"),
     ("one-hot labels", LOGITS, LOGITS.long(), "labels must have the shape of logits without its"),
     ("fewer labels than anchors", LOGITS, LABELS[:3], "(4,), got (3,)"),
-    ("logits that are integers", LOGITS.long(), LABELS, "logits must be a floating-point tensor"),
+    (
+        "logits that are integers",
+        LOGITS.long(),
+        LABELS,
+        "(..., K) with K >= 1, got (4, 3) torch.in",
+    ),
+    (
+        "logits of float8",
+        LOGITS.to(torch.float8_e4m3fn),
+        LABELS,
+        "logits must be a tensor of float16, bfloat16, float32 or float64",
+    ),
     ("one logit without a shape", LOGITS[0, 0], LABELS, "of shape (..., K) with K >= 1, got ()"),
     ("no class", LOGITS[:, :0], LABELS, "with K >= 1, got (4, 0)"),
 ):
@@ -705,6 +716,18 @@ for input, logits, labels, says in (
         lambda folder, logits=logits, labels=labels: str(FocalLoss()(logits, labels)),
         says,
         raises=ValueError,
+    )
+for input, logits, labels, says in (
+    ("logits in a list", LOGITS.tolist(), LABELS, "logits must be a tensor, got list"),
+    ("labels in NumPy", LOGITS, LABELS.numpy(), "labels must be a tensor, got ndarray"),
+    ("no labels", LOGITS, None, "labels must be a tensor, got NoneType"),
+):
+    add(
+        LOSS,
+        input,
+        lambda folder, logits=logits, labels=labels: str(FocalLoss()(logits, labels)),
+        says,
+        raises=TypeError,
     )
 add(
     LOSS,
@@ -761,6 +784,22 @@ for key, value, says in (
     (f"{RETINANET}.NUM_CLASSES", 0, "must be >= 1, got 0"),
     (f"{RETINANET}.NUM_CONVS", 0, "must be >= 1, got 0"),
     (f"{RETINANET}.PRIOR_PROB", 0.0, "must be in (0, 1), got 0.0"),
+    (
+        f"{RETINANET}.NORM",
+        "XN",
+        "or a norm of Detectron2 (GN, BN, SyncBN, FrozenBN, ...), got 'XN'",
+    ),
+    (f"{RETINANET}.IN_FEATURES", ["p9"], "names p9, but the backbone build_slim_resnet_fpn"),
+    (f"{RETINANET}.IN_FEATURES", [], "names nothing, but the backbone build_slim_resnet_fpn"),
+    (f"{RETINANET}.IOU_THRESHOLDS", [0.5, 0.4], "is [0.5, 0.4] and MODEL.RETINANET.IOU_LABELS [0"),
+    (f"{RETINANET}.IOU_LABELS", [0, 1], "must be above 0 and rise, the labels one more than they"),
+    (f"{RETINANET}.IOU_LABELS", [0, -1, 2], "each of them -1, 0 or 1, and one of them 1"),
+    (f"{RETINANET}.BBOX_REG_WEIGHTS", (1.0, 1.0, 0.0, 1.0), "must be 4 numbers above 0, got (1.0"),
+    (f"{RETINANET}.BBOX_REG_LOSS_TYPE", "iou", "one of smooth_l1, giou, diou, ciou, got 'iou'"),
+    (f"{RETINANET}.SMOOTH_L1_LOSS_BETA", -1.0, "must be >= 0, got -1.0"),
+    ("MODEL.ANCHOR_GENERATOR.SIZES", [[32, 0]], "must be above 0, got [[32, 0]]"),
+    ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[0.0, 1.0]], "must be above 0, got [[0.0, 1.0]]"),
+    ("MODEL.PIXEL_STD", [1.0, 0.0, 1.0], "must be above 0, got [1.0, 0.0, 1.0]"),
     ("MODEL.RESNETS.DEPTH", 19, "must be one of 18, 34, got 19"),
     (f"{OURS}.LOSS.NAME", 3, "Type mismatch (<class 'str'> vs. <class 'int'>)"),
     (f"{OURS}.NORMALIZER.SYNC", "yes", "Type mismatch (<class 'bool'> vs. <class 'str'>)"),
@@ -1018,6 +1057,20 @@ for input, name, write, raises, says in (
         lambda path: path.write_bytes(pickle.dumps([1, 2])),
         ValueError,
         "'DIR/a.pkl' is no checkpoint: it holds a list",
+    ),
+    (
+        "a .pth whose model is a list",
+        "a.pth",
+        lambda path: torch.save({"model": [1, 2]}, path),
+        ValueError,
+        "'DIR/a.pth' is no checkpoint: its 'model' is a list",
+    ),
+    (
+        "a .pkl whose blobs are a list",
+        "a.pkl",
+        lambda path: path.write_bytes(pickle.dumps({"blobs": [1, 2]})),
+        ValueError,
+        "'DIR/a.pkl' is no checkpoint: its 'blobs' is a list",
     ),
     (
         "a .pkl that runs a program",

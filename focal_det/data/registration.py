@@ -198,7 +198,7 @@ def dataset_classes(name: str) -> list[str] | None:
         with PathManager.open(json_file, "r") as file:
             categories = json.load(file)["categories"]
         return [category["name"] for category in sorted(categories, key=lambda c: c["id"])]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         # This is for early checks only. A file that cannot be read is reported, with its reason,
         # when the data set is loaded.
         return None

@@ -7,7 +7,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 from focal_det.files import PARTIAL, write_whole
-from focal_det.safe_loading import load_checkpoint, load_torch, reads_by_torch_load
+from focal_det.safe_loading import load_checkpoint, load_named_tensors, reads_by_torch_load
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -93,4 +93,4 @@ class Checkpointer(DetectionCheckpointer):
         return load_checkpoint(filename)
 
     def _torch_load(self, f: str) -> Any:
-        return load_torch(f)
+        return load_named_tensors(f)

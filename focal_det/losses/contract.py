@@ -37,6 +37,8 @@ __all__ = [
     "config_keys",
 ]
 
+LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
 """What every module has, and no formula depends on."""
 
@@ -82,12 +84,16 @@ def check_inputs(logits: Tensor, labels: Tensor, boxes: Tensor | None = None) ->
         boxes: (..., 4), or None.
 
     Raises:
+        TypeError: one is no tensor.
         ValueError: names what does not fit, the shape or value, and what is allowed.
     """
-    if logits.dim() == 0 or logits.shape[-1] == 0 or not logits.is_floating_point():
+    for name, given in (("logits", logits), ("labels", labels), ("boxes", boxes)):
+        if not isinstance(given, Tensor) and not (name == "boxes" and given is None):
+            raise TypeError(f"{name} must be a tensor, got {type(given).__name__}")
+    if logits.dim() == 0 or logits.shape[-1] == 0 or logits.dtype not in LOGIT_DTYPES:
         raise ValueError(
-            "logits must be a floating-point tensor of shape (..., K) with K >= 1, "
-            f"got {tuple(logits.shape)} {logits.dtype}"
+            "logits must be a tensor of float16, bfloat16, float32 or float64, of shape (..., K) "
+            f"with K >= 1, got {tuple(logits.shape)} {logits.dtype}"
         )
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
@@ -317,7 +323,7 @@ class ElementwiseLoss(ClassificationLoss):
             ValueError: see :meth:`forward`.
         """
         check_inputs(logits, labels)
-        return elementwise_terms(self.terms(), logits, labels, self.impl)
+        return elementwise_terms(self.terms(), logits, labels, self._implementation())
 
     def use(self, impl: str) -> Self:
         """See :meth:`ClassificationLoss.use`."""
@@ -333,11 +339,26 @@ class ElementwiseLoss(ClassificationLoss):
         weights: Tensor | None = None,
     ) -> LossSums:
         """See :meth:`ClassificationLoss.per_image`; `boxes` is not read."""
-        terms = self.terms()
+        terms, impl = self.terms(), self._implementation()
         levels = [
-            sum_terms(terms, x, y, weights, self.impl) for x, y in zip(logits, labels, strict=True)
+            sum_terms(terms, x, y, weights, impl) for x, y in zip(logits, labels, strict=True)
         ]
         return LossSums(*(torch.stack(sums).sum(0) for sums in zip(*levels, strict=True)))
+
+    def _implementation(self) -> str:
+        """`impl`, or the one that parameters of the loss's own get a gradient from.
+
+        Raises:
+            RuntimeError: the loss has such parameters and `impl` would leave them out.
+        """
+        if self.impl == "eager" or not any(x.requires_grad for x in self.parameters()):
+            return self.impl
+        if self.impl != "auto":
+            raise RuntimeError(
+                f"{type(self).__name__} has parameters that require a gradient, which impl "
+                f"{self.impl!r} (MODEL.FOCAL_DET.IMPL) does not give: choose 'auto' or 'eager'"
+            )
+        return "eager"
 
     def _set_alpha(self, alpha: float | None) -> None:
         """Check and keep `alpha`; None and negative values mean no weighting."""

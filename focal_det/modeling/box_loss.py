@@ -65,14 +65,10 @@ def box_loss_per_image(
     if box_reg_loss_type == "smooth_l1":
         encoded = _encode(box2box_transform, sources, targets)
         losses = smooth_l1_loss(deltas, encoded, beta=smooth_l1_beta, reduction="none").sum(1)
-    elif box_reg_loss_type in IOU_LOSSES:
+    else:
+        check_box_loss(box_reg_loss_type)
         boxes = box2box_transform.apply_deltas(deltas, sources)
         losses = IOU_LOSSES[box_reg_loss_type](boxes, targets)
-    else:
-        raise ValueError(
-            "box_reg_loss_type (MODEL.RETINANET.BBOX_REG_LOSS_TYPE) must be one of smooth_l1, "
-            f"{', '.join(IOU_LOSSES)}, got {box_reg_loss_type!r}"
-        )
     losses = losses.where(counts, 0)
     if _can_pick(foreground.device):
         return losses.new_zeros(num_images).index_add(0, rows // num_anchors, losses)
@@ -133,3 +129,17 @@ def _size_around(boxes: Tensor, targets: Tensor) -> Tensor:
 
 
 IOU_LOSSES = {"giou": _giou_loss, "diou": _diou_loss, "ciou": _ciou_loss}
+BOX_LOSSES = ("smooth_l1", *IOU_LOSSES)
+
+
+def check_box_loss(name: str) -> None:
+    """Raise unless `name` is one of :data:`BOX_LOSSES`.
+
+    Raises:
+        ValueError: it is not; the config key is named.
+    """
+    if name not in BOX_LOSSES:
+        raise ValueError(
+            "box_reg_loss_type (MODEL.RETINANET.BBOX_REG_LOSS_TYPE) must be one of "
+            f"{', '.join(BOX_LOSSES)}, got {name!r}"
+        )

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from detectron2.config import configurable
-from detectron2.layers import ShapeSpec
+from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from fvcore.common.registry import Registry
 from torch import nn
@@ -18,6 +18,9 @@ DENSE_HEAD_REGISTRY.__doc__ = """
 Heads by class name. Called with the list of feature maps (N, C, Hi, Wi), a head returns two lists,
 one entry a level: logits (N, A x K, Hi, Wi) and box deltas (N, A x 4, Hi, Wi).
 """
+
+
+GROUPS_FIT = 32  # channels that any norm can be made for
 
 
 def build_dense_head(cfg: "CfgNode", input_shape: list[ShapeSpec]) -> nn.Module:
@@ -78,6 +81,13 @@ class FocalRetinaNetHead(RetinaNetHead):
             raise ValueError(
                 f"prior_prob (MODEL.RETINANET.PRIOR_PROB) must be in (0, 1), got {prior_prob}"
             )
+        try:
+            get_norm(norm, GROUPS_FIT)
+        except KeyError:
+            raise ValueError(
+                'norm (MODEL.RETINANET.NORM) must be "" or a norm of Detectron2 (GN, BN, SyncBN, '
+                f"FrozenBN, ...), got {norm!r}"
+            ) from None
         super().__init__(
             input_shape=input_shape,
             num_classes=num_classes,

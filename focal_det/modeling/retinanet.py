@@ -5,6 +5,7 @@ K foreground classes.
 """
 
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,12 +20,13 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from focal_det.config import check_model, describe
+from focal_det.detector_keys import all_positive, check_detector_keys, check_features
 from focal_det.losses import build_loss
 from focal_det.losses.contract import as_classification_loss, join_levels
 
 from .anchors import AnchorCache
 from .assign import label_anchors
-from .box_loss import box_loss_per_image
+from .box_loss import box_loss_per_image, check_box_loss
 from .deferred import DeferredScalars
 from .head import build_dense_head
 from .inference import detect_single_image
@@ -59,7 +61,9 @@ class FocalRetinaNet(RetinaNet):
 
     Raises:
         TypeError: `cls_loss` or `normalizer` is of another kind.
-        ValueError: an `impl` that the loss does not know.
+        ValueError: an `impl` that the loss does not know; a ``box_reg_loss_type`` that is none of
+            :data:`focal_det.modeling.box_loss.BOX_LOSSES`, a ``smooth_l1_beta`` below 0, or a
+            ``pixel_std`` that is not above 0.
         RuntimeError: an `impl` that cannot be had on this machine.
     """
 
@@ -80,12 +84,24 @@ class FocalRetinaNet(RetinaNet):
                 f"got {type(normalizer).__name__}"
             )
         super().__init__(**retinanet)
+        self._check_arguments(retinanet["pixel_std"])
         self.cls_loss = as_classification_loss(cls_loss)
         if impl is not None:
             self.cls_loss.use(impl)
         self.normalizer = normalizer
         self._anchors = AnchorCache()
         self._scalars, self._class_range = DeferredScalars(), DeferredScalars()
+
+    def _check_arguments(self, pixel_std: Any) -> None:
+        """Raise for what Detectron2's constructor takes and training would stumble over."""
+        check_box_loss(self.box_reg_loss_type)
+        if not 0 <= self.smooth_l1_beta < math.inf:
+            raise ValueError(
+                "smooth_l1_beta (MODEL.RETINANET.SMOOTH_L1_LOSS_BETA) must be >= 0, got "
+                f"{self.smooth_l1_beta}"
+            )
+        if not all_positive(pixel_std):
+            raise ValueError(f"pixel_std (MODEL.PIXEL_STD) must be above 0, got {pixel_std}")
 
     @classmethod
     def from_config(cls, cfg: "CfgNode") -> dict[str, Any]:
@@ -95,11 +111,13 @@ class FocalRetinaNet(RetinaNet):
             ValueError: a value that is out of range or does not fit another; the key is named.
         """
         check_model(cfg)
+        check_detector_keys(cfg)
         cls_loss, normalizer = build_loss(cfg), build_normalizer(cfg)
         retinanet = cfg.MODEL.RETINANET
         # In the order in which Detectron2 builds them, so that a seed gives the same weights.
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
+        check_features(cfg, shapes)
         feature_shapes = [shapes[name] for name in retinanet.IN_FEATURES]
         head = build_dense_head(cfg, feature_shapes)
         anchor_generator = build_anchor_generator(cfg, feature_shapes)

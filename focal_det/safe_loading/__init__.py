@@ -8,7 +8,7 @@ What is code by its nature stays code: a ``.py`` LazyConfig is executed when it 
 ``instantiate`` calls whatever the ``_target_`` of any LazyConfig names, a ``.yaml`` one's too.
 """
 
-from .checkpoints import load_checkpoint, load_torch, reads_by_torch_load
+from .checkpoints import load_checkpoint, load_named_tensors, load_torch, reads_by_torch_load
 from .configs import load_yaml
 from .installation import install
 from .paths import ALLOW_OUTSIDE_IMAGES, check_inside
@@ -20,6 +20,7 @@ __all__ = [
     "check_inside",
     "install",
     "load_checkpoint",
+    "load_named_tensors",
     "load_pickle",
     "load_torch",
     "load_yaml",

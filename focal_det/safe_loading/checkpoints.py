@@ -43,29 +43,48 @@ def load_checkpoint(filename: str) -> dict[str, Any]:
         with open(path, "rb") as file:
             data = _by_name(load_pickle(file), filename)
         if "model" in data and "__author__" in data:
+            _by_name(data["model"], filename, "model")
             logger.info(f"Reading a file from {reprlib.repr(data['__author__'])}")
             return data
         if "blobs" in data:  # ImageNet's models are without
-            data = _by_name(data["blobs"], filename)
+            data = _by_name(data["blobs"], filename, "blobs")
         model = {key: value for key, value in data.items() if not key.endswith("_momentum")}
         return {"model": model, "__author__": "Caffe2", "matching_heuristics": True}
-    data = _by_name(load_torch(path), filename)
     if not filename.endswith(".pyth"):
+        data = load_named_tensors(path)
         return data if "model" in data else {"model": data}
+    data = _by_name(load_torch(path), filename)
     if "model_state" not in data:
         raise ValueError(f"{filename!r} has no 'model_state', which pycls' .pyth files have")
-    state = _by_name(data["model_state"], filename)
+    state = _by_name(data["model_state"], filename, "model_state")
     model = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
     return {"model": model, "__author__": "pycls", "matching_heuristics": True}
 
 
-def _by_name(data: Any, filename: str) -> dict[str, Any]:
+def _by_name(data: Any, filename: str, part: str = "") -> dict[str, Any]:
     if not isinstance(data, dict):
-        raise ValueError(f"{filename!r} is no checkpoint: it holds a {type(data).__name__}")
+        what = f"its {part!r} is" if part else "it holds"
+        raise ValueError(f"{filename!r} is no checkpoint: {what} a {type(data).__name__}")
     unnamed = [key for key in data if not isinstance(key, str)]
     if unnamed:
         key = reprlib.repr(unnamed[0])
         raise ValueError(f"{filename!r} is no checkpoint: it has the key {key}, which is no name")
+    return data
+
+
+def load_named_tensors(path: str) -> dict[str, Any]:
+    """A file of ``torch.save`` that holds the state of a model, or that as ``"model"`` and more.
+
+    Args:
+        path: a local file.
+
+    Raises:
+        UnsafeFileError, OSError: see :func:`load_torch`.
+        ValueError: it is damaged or no checkpoint.
+    """
+    data = _by_name(load_torch(path), path)
+    if "model" in data:
+        _by_name(data["model"], path, "model")
     return data
 
 

@@ -13,7 +13,7 @@ from detectron2.data import build
 from detectron2.utils.file_io import PathManager
 from omegaconf import OmegaConf
 
-from .checkpoints import load_checkpoint, load_torch, reads_by_torch_load
+from .checkpoints import load_checkpoint, load_named_tensors, reads_by_torch_load
 from .configs import load_yaml
 from .pickles import load_pickle
 
@@ -51,7 +51,7 @@ def _install_checkpoints() -> None:
 
     DetectionCheckpointer._load_file = _load_file
     if hasattr(DetectionCheckpointer, "_torch_load"):
-        DetectionCheckpointer._torch_load = lambda self, f: load_torch(f)
+        DetectionCheckpointer._torch_load = lambda self, f: load_named_tensors(f)
 
 
 def _install_configs() -> None:

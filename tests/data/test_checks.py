@@ -818,7 +818,7 @@ def test_setup_is_the_configs(setup, digits_cfg):
         other.MODEL.RETINANET.IOU_LABELS = labels
         with pytest.raises(ValueError, match="IOU_THRESHOLDS is ") as error:
             checks.anchor_setup(other)
-        assert f"{thresholds} and IOU_LABELS {labels}" in str(error.value)
+        assert f"{thresholds} and MODEL.RETINANET.IOU_LABELS {labels}" in str(error.value)
     other = digits_cfg.clone()
     other.MODEL.ANCHOR_GENERATOR.NAME = "RotatedAnchorGenerator"
     with pytest.raises(ValueError, match="'RotatedAnchorGenerator'; anchors of DefaultAnchor"):

@@ -1,5 +1,6 @@
 """Losses of a user's own that change one thing: nothing stale is inherited."""
 
+import pytest
 import torch
 from loss_cases import scene
 from torch import Tensor
@@ -50,6 +51,36 @@ def test_a_value_of_another_dtype_is_brought_back() -> None:
     total.backward()
     torch.testing.assert_close(total, CrossEntropyLoss()(logits, labels))
     assert logits.grad is not None
+
+
+class Learned(ElementwiseLoss):
+    """Cross entropy with a margin that is trained too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.margin = torch.nn.Parameter(torch.tensor(0.3))
+
+    def value(self, x_t: Tensor, foreground: bool) -> Tensor:
+        return torch.nn.functional.softplus(-(x_t - self.margin))
+
+
+def test_parameters_of_a_loss_get_their_gradient() -> None:
+    logits, labels = scene(20, 4)
+    loss, shifted = Learned(), CrossEntropyLoss()
+    (slope,) = torch.autograd.grad(loss(logits.requires_grad_(), labels), loss.margin)
+    step = 1e-3
+    signs = torch.where(torch.nn.functional.one_hot(labels.clamp(min=0), 5)[:, :4] > 0, 1.0, -1.0)
+    moved = [
+        shifted((logits.detach() - sign * signs * step - signs * 0.3).double(), labels)
+        for sign in (1, -1)
+    ]
+    torch.testing.assert_close(
+        slope.double(), (moved[0] - moved[1]) / (2 * step), rtol=1e-3, atol=1e-3
+    )
+    with pytest.raises(RuntimeError, match=r"Learned has parameters .* 'torch' .* does not give"):
+        loss.use("torch")(logits, labels)
+    loss.requires_grad_(False)  # nothing to learn: the fast way will do
+    assert loss(logits, labels).isfinite()
 
 
 def test_eager_leaves_ignored_anchors_out_of_the_gradient_whatever_they_hold() -> None:

@@ -17,6 +17,8 @@ from detectron2.structures import Boxes
 from detectron2.structures.boxes import matched_pairwise_iou
 from torch import Tensor
 
+from focal_det.detector_keys import check_detector_keys, check_features
+
 from .findings import Finding, found
 from .objects import Objects
 
@@ -56,38 +58,23 @@ def anchor_setup(cfg: Any) -> AnchorSetup:
             IOU_THRESHOLDS, IOU_LABELS) and ``INPUT.MIN_SIZE_TEST``, ``MAX_SIZE_TEST``.
 
     Raises:
-        ValueError: other anchors than Detectron2's axis-parallel ones, sizes or aspect ratios that
-            are not above 0, features that the backbone has not, or IoU thresholds that do not fit
-            their labels.
+        ValueError: other anchors than Detectron2's axis-parallel ones, or what
+            :func:`focal_det.detector_keys.check_detector_keys` and ``check_features`` refuse.
     """
+    check_detector_keys(cfg)
     retinanet, name = cfg.MODEL.RETINANET, cfg.MODEL.ANCHOR_GENERATOR.NAME
-    for key in ("SIZES", "ASPECT_RATIOS"):
-        values = cfg.MODEL.ANCHOR_GENERATOR[key]
-        if not (np.concatenate([np.zeros(0), *map(np.atleast_1d, values)]) > 0).all():
-            raise ValueError(f"MODEL.ANCHOR_GENERATOR.{key} must be above 0, got {values}")
     backbone = build_backbone(cfg)
     shapes = backbone.output_shape()
-    missing = [feature for feature in retinanet.IN_FEATURES if feature not in shapes]
-    if missing:
-        raise ValueError(
-            f"MODEL.RETINANET.IN_FEATURES names {', '.join(missing)}, but the backbone "
-            f"{cfg.MODEL.BACKBONE.NAME} has {', '.join(shapes)}"
-        )
+    check_features(cfg, shapes)
     generator = build_anchor_generator(cfg, [shapes[key] for key in retinanet.IN_FEATURES])
     if type(generator) is not DefaultAnchorGenerator:
         raise ValueError(
             f"MODEL.ANCHOR_GENERATOR.NAME is {name!r}; anchors of DefaultAnchorGenerator alone "
             "can be checked"
         )
-    thresholds, labels = retinanet.IOU_THRESHOLDS, retinanet.IOU_LABELS
-    rise = [0, *thresholds] == sorted({0, *thresholds})
-    if not rise or len(labels) != len(thresholds) + 1 or not {1} <= set(labels) <= {-1, 0, 1}:
-        raise ValueError(
-            f"MODEL.RETINANET.IOU_THRESHOLDS is {thresholds} and IOU_LABELS {labels}: the "
-            "thresholds must be above 0 and rise, the labels one more than they, each of them -1, "
-            "0 or 1, and one of them 1"
-        )
-    matcher = Matcher(thresholds, labels, allow_low_quality_matches=True)
+    matcher = Matcher(
+        retinanet.IOU_THRESHOLDS, retinanet.IOU_LABELS, allow_low_quality_matches=True
+    )
     return AnchorSetup(
         generator,
         matcher,
