@@ -16,6 +16,7 @@ from typing import Any
 from focal_det.benchmarks import markdown, measure
 from focal_det.config import default_keys, detectron2_default
 from focal_det.losses import LOSS_REGISTRY, ClassificationLoss
+from version_matrix import table
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -23,6 +24,7 @@ PERFORMANCE = ROOT / "docs" / "performance.md"
 RELIABILITY = ROOT / "docs" / "reliability.md"
 BAD_INPUTS = ROOT / "docs" / "bad_inputs.json"
 RESULTS = ROOT / "tools" / "results"
+MATRIX = RESULTS / "matrix"
 KILLS = ROOT / "docs" / "kill_and_resume.json"
 
 
@@ -96,6 +98,11 @@ def bad_inputs() -> str:
     return "\n".join(rows) + "\n"
 
 
+def matrix() -> str:
+    """A table of the versions that the tests ran with, and what came."""
+    return table.render(table.load_all(MATRIX))
+
+
 def escape(cell: str) -> str:
     """Text for a cell of a Markdown table."""
     return " ".join(cell.split()).replace("|", "\\|").replace("<", "&lt;")
@@ -110,6 +117,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "losses": loss_table,
     "kills": kills,
     "bad inputs": bad_inputs,
+    "matrix": matrix,
 }
 
 
