@@ -149,6 +149,10 @@ def test_without_an_interpreter_the_record_says_so(tmp_path, monkeypatch, capsys
     assert (written["python"], written["detectron2"]) == ("3.12", "main")
     assert "not made: there is no Python 3.12 on this machine |" in capsys.readouterr().out
     assert str(tmp_path) not in json.dumps(written)
+    # What ran on a machine that has one stays.
+    table.save({**written, "status": "passed"}, output)
+    assert tool.main() == 0
+    assert [record["status"] for record in table.load_all(output)] == ["passed"]
 
 
 def test_a_failure_that_is_not_known_is_the_exit_status(record, monkeypatch, tmp_path):
@@ -313,14 +317,15 @@ def test_error(broken): pass
 def run(monkeypatch, tmp_path):
     """A function that runs a file of tests as the tool does; fields of a record."""
 
-    def tests(text):
+    def tests(text, detectron2="0.6"):
         (tmp_path / "test_some.py").write_text(text)
         monkeypatch.setattr(outcomes, "ROOT", tmp_path)
         monkeypatch.setattr(outcomes, "SELECTION", ("test_some.py",))
         log = tmp_path / "log.txt"
         log.touch()
         layer = environments.Environment(Path(sys.executable), tmp_path)
-        return outcomes.run_tests(layer, quick=False, workers="0", log=log)
+        combination = Combination("3.11", "2.14.1", detectron2)
+        return outcomes.run_tests(combination, layer, quick=False, workers="0", log=log)
 
     return tests
 
@@ -337,6 +342,17 @@ def test_tests_are_counted_and_known_breakages_told(run):
         "pip install 'numpy<1.24'",
     ]
     assert found["seconds"] > 0
+
+
+def test_what_breaks_one_version_is_a_failure_of_another(run):
+    assert run(TESTS, "0.6-unpinned")["status"] == "known"
+    assert run(TESTS, "main")["status"] == "failed"
+
+
+def test_an_interpreter_that_is_not_there_ends_the_program(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        tool.parse(["--python", str(tmp_path / "python")])
+    assert f"--python must name interpreters, got {tmp_path}" in capsys.readouterr().err
 
 
 def test_one_failure_of_its_own_is_a_failure(run):

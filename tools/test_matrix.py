@@ -47,7 +47,8 @@ def main() -> int:
     with tqdm(args.chosen, unit="combination", dynamic_ncols=True) as bar:
         for index, combination in enumerate(bar):
             record = try_combination(args, combination, found, bar)
-            table.save(record, args.output)
+            if record["status"] != "not made" or not table.has(combination, args.output):
+                table.save(record, args.output)  # what ran on another machine is not lost
             bar.write(f"{combination.name}: {table.result(record)}")
             made.append(record)
             last = args.chosen[index + 1 : index + 2]
@@ -87,7 +88,7 @@ def try_combination(
     except environments.NotMade as reason:
         return {**record, "status": "not made", "reason": str(reason)}
     bar.set_description(f"{combination.name}: tests")
-    record |= outcomes.run_tests(layer, args.quick, args.workers, log)
+    record |= outcomes.run_tests(combination, layer, args.quick, args.workers, log)
     advice = outcomes.doctor(layer)
     for breakage in record["known"]:
         breakage["doctor"] = breakage["cure"] in advice
@@ -115,6 +116,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=ROOT / ".matrix", help="default .matrix")
     parser.add_argument("--output", type=Path, help="folder; default tools/results/matrix")
     args = parser.parse_args(argv)
+    for path in args.python:
+        if not os.access(path, os.X_OK):
+            parser.error(f"--python must name interpreters, got {path}")
     # A quick run must not replace a record of a full one.
     quick = ROOT / "output" / "matrix"
     args.output = args.output or (quick if args.quick else RESULTS)

@@ -45,10 +45,19 @@ def save(record: dict[str, Any], folder: Path) -> Path:
         The file.
     """
     combination = Combination(*(record[name] for name in ("python", "torch", "detectron2")))
-    path = folder / combination.pair / f"detectron2-{combination.detectron2}.json"
+    path = _path(combination, folder)
     os.makedirs(path.parent, exist_ok=True)
     records.save(record, path)
     return path
+
+
+def has(combination: Combination, folder: Path) -> bool:
+    """Whether there is a record of a combination."""
+    return _path(combination, folder).is_file()
+
+
+def _path(combination: Combination, folder: Path) -> Path:
+    return folder / combination.pair / f"detectron2-{combination.detectron2}.json"
 
 
 def load_all(folder: Path) -> list[dict[str, Any]]:
