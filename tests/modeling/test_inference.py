@@ -13,8 +13,11 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+from versions import needs_newer_ties
 
 from focal_det.modeling.inference import detect_single_image, select_candidates
+
+pytestmark = needs_newer_ties
 
 A = 3
 SIZES = [(13, 19), (7, 10), (2, 3), (1, 1)]

@@ -1,6 +1,5 @@
 """Inference of a whole detector: what it leaves alone, and who may change its steps."""
 
-import inspect
 from itertools import chain
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch import RetinaNet
 from torch import nn
+from versions import needs_newer_ties
 
 from focal_det.modeling import FocalRetinaNet
 
@@ -126,10 +126,7 @@ def test_one_detector_may_have_its_own_inference_of_an_image(model, make_batch):
     assert len(seen) == 1
 
 
-@pytest.mark.skipif(
-    "topk(" not in inspect.getsource(RetinaNet._decode_per_level_predictions),
-    reason="of equal scores, of which bfloat16 has many, Detectron2 0.6 keeps others",
-)
+@needs_newer_ties
 def test_bfloat16_autocast_detects_what_detectron2_does_there(model, make_batch):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         outputs = head_outputs(model, make_batch((1, 1)))
