@@ -20,12 +20,12 @@ help:
 install: $(INSTALLED)
 
 $(INSTALLED): requirements/torch.txt requirements/base.txt requirements/detectron2.txt \
-		requirements/digits.txt requirements/dev.txt setup.py pyproject.toml
+		requirements/digits.txt requirements/lab.txt requirements/dev.txt setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "make needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(RUN) -m pip --version || $(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install --disable-pip-version-check -r requirements/torch.txt \
-		-r requirements/base.txt -r requirements/dev.txt
+		-r requirements/base.txt -r requirements/lab.txt -r requirements/dev.txt
 	$(RUN) -m pip install --disable-pip-version-check --no-deps -r requirements/digits.txt
 	$(RUN) -m pip install --disable-pip-version-check --upgrade --no-deps --only-binary=:all: \
 		--python-version 3.10 --require-hashes -r requirements/detectron2.txt \

@@ -16,6 +16,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["focal_det", "focal_det.*"]),
+    package_data={"focal_det.lab": ["tables/*.yaml"]},
     python_requires=">=3.10",
     # Detectron2 is left out on purpose: its authors publish no package, and listing one would
     # replace the user's own build. `python -m focal_det.doctor` says what fits.
@@ -44,6 +45,7 @@ setup(
             "tensorboard",
             "termcolor>=1.1",
         ],
+        "lab": ["ray>=2.9", "scipy"],
         "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"],
     },
     classifiers=[

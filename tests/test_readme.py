@@ -14,6 +14,7 @@ import pytest
 from detectron2.config import LazyConfig, get_cfg
 
 import focal_det
+from focal_det.data import DigitsClutterSpec, generate
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -22,12 +23,15 @@ SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n"
 COMMANDS = [line.split("  #")[0].strip() for line in SHELL.splitlines()]
 COMMANDS = [line for line in COMMANDS if line and not line.startswith("#")]
 TRAININGS = [line for line in COMMANDS if "train_net.py" in line]
+SWEEPS = [line for line in COMMANDS if "ablate.py" in line]
 
 
 def test_every_command_is_of_a_kind_that_is_tested():
     known = ("make demo", "make test", "export FOCAL_DET_DATASETS=", "python -m focal_det.data")
-    others = [line for line in COMMANDS if line not in TRAININGS and not line.startswith(known)]
+    tested = TRAININGS + SWEEPS
+    others = [line for line in COMMANDS if line not in tested and not line.startswith(known)]
     assert others == []
+    assert len(SWEEPS) == 2
     assert len(TRAININGS) >= 8
 
 
@@ -50,6 +54,24 @@ def test_training_command_names_a_config_and_keys_that_exist(command, tmp_path, 
     focal_det.add_config(cfg)
     cfg.merge_from_file(str(config))
     cfg.merge_from_list([word for word in options if not is_plugin_key(options, word)])
+
+
+@pytest.mark.parametrize("command", SWEEPS)
+def test_a_sweep_is_understood_up_to_its_last_trial(command, tmp_path, monkeypatch):
+    """What a trial does is tested in tests/lab."""
+    folder = tmp_path / "cells"
+    generate(DigitsClutterSpec(train_images=1, val_images=1), folder)
+    entries = [f"cells_{x}:{folder}/{x}.json:{folder}/images/{x}" for x in ("train", "val")]
+    monkeypatch.setenv("FOCAL_DET_DATASETS", ",".join(entries))
+    words = shlex.split(command)
+    assert words.pop(0) == "python"
+    done = subprocess.run(
+        [sys.executable, *words, "--dry-run"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    seeds = int(words[words.index("--seeds") + 1])
+    assert len(re.findall(r"^[0-9a-f]{12}  table ", done.stdout, re.M)) % seeds == 0
+    assert f"seed {seeds}: " in done.stdout
 
 
 def is_plugin_key(options, word):

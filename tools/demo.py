@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from focal_det.analysis import comparison, records, report
 from focal_det.engine import Trainer
+from focal_det.lab.trials import scale_schedule
 from focal_det.losses import build_loss
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -169,24 +170,6 @@ def make_config(args: argparse.Namespace, loss: str) -> CfgNode:
 def overrides(loss: str) -> list[str]:
     """What tells the config of one loss from that of another."""
     return ["MODEL.FOCAL_DET.LOSS.NAME", loss]
-
-
-def scale_schedule(cfg: CfgNode, iterations: int) -> None:
-    """Shorten or stretch a config's schedule, learning rate steps and periods with it.
-
-    Args:
-        cfg: changed in place.
-        iterations: the new ``SOLVER.MAX_ITER``, >= 1.
-    """
-    factor = iterations / cfg.SOLVER.MAX_ITER
-    steps = {round(step * factor) for step in cfg.SOLVER.STEPS}
-    # Detectron2 takes rising steps inside the schedule only; in a short one, some coincide.
-    cfg.SOLVER.STEPS = tuple(sorted(step for step in steps if 0 < step < iterations))
-    cfg.SOLVER.WARMUP_ITERS = round(cfg.SOLVER.WARMUP_ITERS * factor)
-    cfg.SOLVER.CHECKPOINT_PERIOD = max(1, round(cfg.SOLVER.CHECKPOINT_PERIOD * factor))
-    if cfg.TEST.EVAL_PERIOD > 0:
-        cfg.TEST.EVAL_PERIOD = max(1, round(cfg.TEST.EVAL_PERIOD * factor))
-    cfg.SOLVER.MAX_ITER = iterations
 
 
 def build_trainer(cfg: CfgNode) -> DemoTrainer:

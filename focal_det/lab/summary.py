@@ -1,0 +1,208 @@
+"""What came of a sweep, beside the paper's numbers: means, spreads, ranks, and who won, if anyone.
+
+All metrics are in percent. A training that diverged counts as AP 0 in ranks, and is named.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from scipy.stats import kendalltau
+
+from focal_det.analysis.records import METRICS
+
+from .tables import Table
+
+RANKED = "AP"
+SHOWN = ("AP", "AP50", "AP75")
+
+
+def summarise(table: Table, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Bring records and table together.
+
+    Args:
+        table: whose rows are meant, in their order.
+        found: records of :func:`focal_det.lab.running.run_trial`; those of other rows are left out.
+
+    Returns:
+        ``table``, ``title``, ``source``; ``rows`` with ``label``, ``seeds``, ``diverged`` (how
+        many), ``paper``, ``rank`` and ``paper_rank``, ``inference_ms``, and for each of ``AP``,
+        ``AP50``, ... ``mean``, ``sd`` (of the sample, None for one seed), ``values`` by seed;
+        ``kendall_tau`` with the paper's order, None for fewer than two rows to compare;
+        ``winner``, a label or None, and ``verdict``, why; ``commits``, ``devices``, ``iterations``.
+    """
+    by_label: dict[str, list[dict[str, Any]]] = {row.label: [] for row in table.rows}
+    for record in found:
+        if record["label"] in by_label:
+            by_label[record["label"]].append(record)
+    rows = []
+    for row in table.rows:
+        of_row = sorted(by_label[row.label], key=lambda record: int(record["seed"]))
+        rows.append(
+            {
+                "label": row.label,
+                "seeds": [record["seed"] for record in of_row],
+                "diverged": sum(record["error"] is not None for record in of_row),
+                "paper": row.paper,
+                "metrics": {name: _spread(of_row, name) for name in METRICS},
+                "inference_ms": _median(
+                    record["inference_ms"]["median"] for record in of_row if record["inference_ms"]
+                ),
+            }
+        )
+    _rank(rows)
+    every = [record for records in by_label.values() for record in records]
+    winner, verdict = find_winner(rows)
+    return {
+        "table": table.name,
+        "title": table.title,
+        "source": table.source,
+        "rows": rows,
+        "kendall_tau": rank_correlation(rows),
+        "winner": winner,
+        "verdict": verdict,
+        "commits": sorted({str(record["environment"]["commit"]) for record in every}),
+        "devices": sorted({record["environment"]["device"] for record in every}),
+        "iterations": sorted({record["iterations"] for record in every}),
+        "data": sorted({str(record["data"]) for record in every}),
+    }
+
+
+def _spread(of_row: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+    values = [_value(record, name) for record in of_row]
+    numbers = [value for value in values if value is not None]
+    return {
+        "mean": statistics.fmean(numbers) if numbers else None,
+        "sd": statistics.stdev(numbers) if len(numbers) > 1 else None,
+        "values": values,
+    }
+
+
+def _value(record: dict[str, Any], name: str) -> float | None:
+    """A metric; 0 where training diverged, None where there was nothing to score."""
+    if record["error"] is not None:
+        return 0.0
+    value = record["metrics"][name]
+    return None if value is None else float(value)
+
+
+def _median(values: Iterable[float]) -> float | None:
+    numbers = list(values)
+    return statistics.median(numbers) if numbers else None
+
+
+def _rank(rows: Sequence[dict[str, Any]]) -> None:
+    """Add ``rank`` and ``paper_rank``, 1 for the highest AP; equal ones share the better rank."""
+    for key, values in (
+        ("rank", [row["metrics"][RANKED]["mean"] for row in rows]),
+        ("paper_rank", [row["paper"].get(RANKED) for row in rows]),
+    ):
+        for row, value in zip(rows, values, strict=True):
+            better = sum(
+                other is not None and value is not None and other > value for other in values
+            )
+            row[key] = None if value is None else 1 + better
+
+
+def rank_correlation(rows: Iterable[dict[str, Any]]) -> float | None:
+    """Kendall's tau-b between the mean APs and the paper's.
+
+    Args:
+        rows: of :func:`summarise`.
+
+    Returns:
+        1 for the same order, -1 for the reverse; None for fewer than two rows that have both, or
+        where all on one side are equal.
+    """
+    pairs = [
+        (row["metrics"][RANKED]["mean"], row["paper"][RANKED])
+        for row in rows
+        if row["metrics"][RANKED]["mean"] is not None and RANKED in row["paper"]
+    ]
+    if len(pairs) < 2:
+        return None
+    tau = float(kendalltau(*zip(*pairs, strict=True)).statistic)
+    return None if math.isnan(tau) else tau
+
+
+def find_winner(rows: Sequence[dict[str, Any]]) -> tuple[str | None, str]:
+    """The row that is ahead by more than the seeds differ.
+
+    Its lowest seed must be above the highest seed of every other row, and there must be two seeds.
+
+    Args:
+        rows: of :func:`summarise`.
+
+    Returns:
+        Its label, or None, and a sentence that says why.
+    """
+    scored = [row for row in rows if any(_numbers(row))]
+    if len(scored) < 2:
+        return None, "No winner: fewer than two rows have an AP above 0."
+    scored.sort(key=lambda row: -row["metrics"][RANKED]["mean"])
+    best, *others = scored
+    if len(_numbers(best)) < 2:
+        return None, f"No winner: one seed says nothing of the spread ({best['label']} is highest)."
+    lowest = min(_numbers(best))
+    near = [row["label"] for row in others if max(_numbers(row)) >= lowest]
+    if near:
+        return None, (
+            f"No winner: {best['label']} has the highest mean, but its lowest seed ({lowest:.1f}) "
+            f"is not above the highest of {'; '.join(near)}."
+        )
+    highest = max(max(_numbers(row)) for row in others)
+    return best["label"], (
+        f"{best['label']}: its lowest seed ({lowest:.1f}) is above the highest of any other row "
+        f"({highest:.1f})."
+    )
+
+
+def _numbers(row: dict[str, Any]) -> list[float]:
+    return [value for value in row["metrics"][RANKED]["values"] if value is not None]
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """A summary as a Markdown section.
+
+    Args:
+        summary: of :func:`summarise`.
+    """
+    rows = summary["rows"]
+    timed = any("milliseconds" in row["paper"] for row in rows)
+    head = ["", *SHOWN, "seeds", "rank", *(f"paper's {name}" for name in SHOWN), "paper's rank"]
+    head += ["ms an image", "paper's ms"] if timed else []
+    lines = [f"### {summary['title']}", "", f"{summary['source']}.", ""]
+    lines += ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|"]
+    for row in rows:
+        bold = "**" if row["label"] == summary["winner"] else ""
+        cells = [f"{bold}{row['label']}{bold}"]
+        cells += [_with_spread(row["metrics"][name]) for name in SHOWN]
+        diverged = f" ({row['diverged']} diverged)" if row["diverged"] else ""
+        cells += [f"{len(row['seeds'])}{diverged}", _number(row["rank"], "d")]
+        cells += [_number(row["paper"].get(name)) for name in SHOWN]
+        cells += [_number(row["paper_rank"], "d")]
+        if timed:
+            cells += [_number(row["inference_ms"]), _number(row["paper"].get("milliseconds"))]
+        lines.append("| " + " | ".join(cells) + " |")
+    tau = summary["kendall_tau"]
+    order = "" if tau is None else f" Kendall's tau with the paper's order: {tau:.2f}."
+    made = f"{_list(summary['iterations'])} iterations, commit {_list(summary['commits'])}"
+    lines += ["", f"{summary['verdict']}{order}", ""]
+    lines += [f"Mean ± standard deviation over seeds; {made}, {_list(summary['devices'])}."]
+    return "\n".join(lines) + "\n"
+
+
+def _with_spread(metric: dict[str, Any]) -> str:
+    if metric["mean"] is None:
+        return ""
+    sd = "" if metric["sd"] is None else f" ± {metric['sd']:.1f}"
+    return f"{metric['mean']:.1f}{sd}"
+
+
+def _number(value: float | None, form: str = ".1f") -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def _list(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values)) or "none"

@@ -1,0 +1,164 @@
+"""Many trials on Ray: on this machine, or on a cluster by its address, unchanged."""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from focal_det.analysis import records
+
+from .running import SCHEMA, run_trial
+from .trials import Trial
+
+# What a worker must know as this process does, wherever it runs.
+PASSED_ON = ("FOCAL_DET_DATASETS", "FOCAL_DET_PLUGINS", "DETECTRON2_DATASETS")
+OBJECT_STORE = 128 * 2**20  # bytes; records are small
+RETRIES = 2  # of a worker that dies; it goes on from its last checkpoint
+POLL_SECONDS = 1.0
+
+
+class Board:
+    """Where running trials say how far they are; a Ray actor."""
+
+    def __init__(self) -> None:
+        self.iterations: dict[str, int] = {}
+
+    def put(self, key: str, iteration: int) -> None:
+        """Iterations that a trial has finished."""
+        self.iterations[key] = iteration
+
+    def get(self) -> dict[str, int]:
+        """Iterations by the key of the trial."""
+        return self.iterations
+
+
+def run_sweep(
+    trials: Sequence[Trial],
+    output: Path,
+    *,
+    address: str | None = None,
+    cpus: int = 1,
+    gpus: int = 0,
+) -> list[str]:
+    """Run trials, as many at a time as fit; each writes ``output/records/<key>.json`` when done.
+
+    Args:
+        trials: what to run; no two of one key.
+        output: folder of the sweep.
+        address: of a Ray cluster; None starts Ray on this machine.
+        cpus: CPU cores for each trial.
+        gpus: GPUs for each trial, a process on each.
+
+    Returns:
+        What went wrong, a line for each trial that has no record. A loss that diverges has one.
+
+    Raises:
+        ImportError: Ray is not installed.
+        ValueError: the machine, or cluster, has not what one trial asks for.
+    """
+    if not trials:
+        return []
+    ray = _import_ray()
+    names = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    options: dict[str, Any] = {"runtime_env": {"env_vars": {**names, "OMP_NUM_THREADS": str(cpus)}}}
+    if address is None:
+        options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
+    # Workers' output is in each trial's log.txt.
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
+    try:
+        _check_resources(ray.cluster_resources(), cpus, gpus)
+        return _run(ray, trials, output, cpus, gpus)
+    finally:
+        ray.shutdown()
+
+
+def _run(ray: Any, trials: Sequence[Trial], output: Path, cpus: int, gpus: int) -> list[str]:
+    board = ray.remote(num_cpus=0)(Board).remote()
+    # A fresh process for each: nothing of one trial is left for the next.
+    work = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=RETRIES)(_work)
+    running = {
+        work.remote(trial, str(output / "trials" / trial.key), gpus, board): trial
+        for trial in trials
+    }
+    total, finished, problems = sum(trial.iterations for trial in trials), 0, []
+    # Where no one watches (a log file), few updates.
+    interval = 0.2 if sys.stderr.isatty() else 15.0
+    with tqdm(total=total, unit="step", dynamic_ncols=True, mininterval=interval) as bar:
+        while running:
+            done = f"{len(trials) - len(running)} of {len(trials)} trials"
+            bar.set_description(done, refresh=False)
+            ready, _ = ray.wait(list(running), timeout=POLL_SECONDS)
+            for reference in ready:
+                trial = running.pop(reference)
+                finished += trial.iterations
+                try:
+                    save_record(ray.get(reference), output)
+                except ray.exceptions.RayError as error:
+                    reason = str(error).strip().splitlines()[-1]
+                    problems.append(f"{trial.label}, seed {trial.seed} ({trial.key}): {reason}")
+                    bar.write(problems[-1])
+            under_way = ray.get(board.get.remote())
+            now = finished + sum(under_way.get(trial.key, 0) for trial in running.values())
+            bar.update(now - bar.n)
+    return problems
+
+
+def _work(trial: Trial, folder: str, gpus: int, board: Any) -> dict[str, Any]:
+    """One trial in a worker of Ray."""
+    return run_trial(
+        trial, Path(folder), gpus, lambda iteration: board.put.remote(trial.key, iteration)
+    )
+
+
+def _import_ray() -> Any:
+    # Nobody's training is reported to anybody, unless the user has said so.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError(
+            f"sweeps run on Ray, which cannot be imported ({error}): pip install 'ray>=2.9'"
+        ) from error
+    return ray
+
+
+def _check_resources(there: dict[str, float], cpus: int, gpus: int) -> None:
+    for name, flag, wanted in (("CPU", "--cpus", cpus), ("GPU", "--gpus", gpus)):
+        if wanted > there.get(name, 0):
+            raise ValueError(
+                f"{flag} {wanted} a trial, but Ray has {there.get(name, 0):g} {name} in all: "
+                "no trial could ever start"
+            )
+
+
+def save_record(record: dict[str, Any], output: Path) -> None:
+    """Write a record below the folder of its sweep."""
+    folder = output / "records"
+    folder.mkdir(parents=True, exist_ok=True)
+    records.save(record, folder / f"{record['key']}.json")
+
+
+def load_records(output: Path, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The records that there are of some trials, by key.
+
+    Args:
+        output: folder of the sweep.
+        keys: of trials.
+
+    Raises:
+        ValueError: one is of another schema; the file is named.
+    """
+    found = {}
+    for key in keys:
+        path = output / "records" / f"{key}.json"
+        if not path.is_file():
+            continue
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record.get("schema") != SCHEMA:
+            raise ValueError(f"{path}: schema {record.get('schema')}, known is {SCHEMA}")
+        found[key] = record
+    return found

@@ -1,0 +1,213 @@
+"""Tables of trials: the paper's, which are files beside this one, and a user's own.
+
+A table is a YAML file with ``title``, ``source``, ``overrides`` of all rows, and ``rows``, each
+with a ``label``, ``overrides`` and, for what depends on the config it starts from:
+
+* ``anchors: {scales: n, aspect_ratios: m}``: n anchor sizes to the octave, from the smallest of
+  each level on, and the middle m of the ratios 1/2, 1, 2;
+* ``image_scale``: a factor of the image sizes, a number or a fraction such as ``400/600``;
+* ``deeper``: how many steps deeper the ResNet is, along 18, 34, 50, 101, 152;
+* ``paper``: what the paper reports, by metric.
+
+Instead of rows, ``axes`` may map config keys to lists of values; every combination is a row.
+"""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from focal_det.safe_loading import load_yaml
+
+FOLDER = Path(__file__).parent / "tables"
+DEPTHS = (18, 34, 50, 101, 152)
+RATIOS = {1: [1.0], 3: [0.5, 1.0, 2.0]}
+MAX_SCALES = 8
+TABLE_KEYS = frozenset({"title", "source", "overrides", "rows", "axes"})
+ROW_KEYS = frozenset({"label", "overrides", "anchors", "image_scale", "deeper", "paper"})
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting of a table.
+
+    Attributes:
+        label: its name in the table.
+        overrides: values by config key.
+        paper: what the paper reports, by metric; percent, and ``milliseconds``.
+        anchors: ``scales`` and ``aspect_ratios``, or None for the config's own.
+        image_scale: factor of the image sizes.
+        deeper: steps along :data:`DEPTHS`.
+    """
+
+    label: str
+    overrides: dict[str, Any]
+    paper: dict[str, float] = field(default_factory=dict)
+    anchors: dict[str, int] | None = None
+    image_scale: Fraction = Fraction(1)
+    deeper: int = 0
+
+    def apply(self, cfg: CfgNode) -> None:
+        """Change a config to this setting.
+
+        Raises:
+            AssertionError, KeyError, ValueError: an override that the config does not take, or a
+                backbone that has no deeper one.
+        """
+        cfg.merge_from_list([x for pair in self.overrides.items() for x in pair])
+        if self.anchors is not None:
+            per_octave = self.anchors["scales"]
+            factors = [2 ** (index / per_octave) for index in range(per_octave)]
+            sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
+            cfg.MODEL.ANCHOR_GENERATOR.SIZES = [
+                [min(level) * factor for factor in factors] for level in sizes
+            ]
+            cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [RATIOS[self.anchors["aspect_ratios"]]]
+        if self.image_scale != 1:
+            for key in ("MIN_SIZE_TRAIN", "MAX_SIZE_TRAIN", "MIN_SIZE_TEST", "MAX_SIZE_TEST"):
+                cfg.INPUT[key] = _scaled(cfg.INPUT[key], self.image_scale)
+        if self.deeper:
+            _deepen(cfg, self.deeper)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of trials: its name, title and source, and its rows."""
+
+    name: str
+    title: str
+    source: str
+    rows: tuple[Row, ...]
+
+
+def built_in() -> list[str]:
+    """Names of the tables that come with focal_det."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_table(name: str) -> Table:
+    """Read a table.
+
+    Args:
+        name: one of :func:`built_in`, or the path of a YAML file.
+
+    Raises:
+        ValueError: no such table, or one that is not as described above; file and key are named.
+    """
+    path = FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        path = Path(name)
+        if path.suffix not in (".yaml", ".yml") or not path.is_file():
+            raise ValueError(
+                f"--table must be one of {', '.join(built_in())}, all, or a YAML file, got {name!r}"
+            )
+    with path.open(encoding="utf-8") as file:
+        content = load_yaml(file)
+    _check_keys(content, TABLE_KEYS, str(path))
+    if ("rows" in content) == ("axes" in content):
+        raise ValueError(f"{path} must have either rows or axes")
+    shared = _mapping(content.get("overrides"), f"{path}: overrides")
+    if "axes" in content:
+        rows = _product(_mapping(content["axes"], f"{path}: axes"), shared, path)
+    else:
+        rows = [_row(entry, shared, path) for entry in content["rows"] or []]
+    if not rows:
+        raise ValueError(f"{path} has no row")
+    labels = [row.label for row in rows]
+    if len(set(labels)) < len(labels):
+        twice = next(label for label in labels if labels.count(label) > 1)
+        raise ValueError(f"{path}: two rows are labelled {twice!r}")
+    title, source = (str(content.get(key, "")) for key in ("title", "source"))
+    return Table(path.stem, title or path.stem, source, tuple(rows))
+
+
+def _row(entry: Any, shared: dict[str, Any], path: Path) -> Row:
+    _check_keys(entry, ROW_KEYS, f"{path}: a row")
+    label = str(entry.get("label", "")).strip()
+    if not label:
+        raise ValueError(f"{path}: a row has no label: {entry}")
+    where = f"{path}: row {label!r}"
+    overrides = {**shared, **_mapping(entry.get("overrides"), f"{where}: overrides")}
+    anchors = entry.get("anchors")
+    if anchors is not None:
+        anchors = _mapping(anchors, f"{where}: anchors")
+        scales, ratios = anchors.get("scales"), anchors.get("aspect_ratios")
+        if scales not in range(1, MAX_SCALES + 1) or ratios not in RATIOS or len(anchors) != 2:
+            raise ValueError(
+                f"{where}: anchors must have scales, 1 to {MAX_SCALES}, and aspect_ratios, "
+                f"{' or '.join(map(str, RATIOS))}, got {anchors}"
+            )
+    try:
+        scale = Fraction(str(entry.get("image_scale", 1)))
+    except (ValueError, ZeroDivisionError):
+        scale = Fraction(0)
+    if scale <= 0:
+        raise ValueError(f"{where}: image_scale must be above 0, got {entry['image_scale']!r}")
+    deeper = entry.get("deeper", 0)
+    if deeper not in range(len(DEPTHS)):
+        raise ValueError(f"{where}: deeper must be 0 to {len(DEPTHS) - 1}, got {deeper!r}")
+    paper = _mapping(entry.get("paper"), f"{where}: paper")
+    for key, value in paper.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{where}: paper: {key} must be a number, got {value!r}")
+    return Row(label, overrides, paper, anchors, scale, deeper)
+
+
+def _product(axes: dict[str, Any], shared: dict[str, Any], path: Path) -> list[Row]:
+    for key, values in axes.items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{path}: axes: {key} must be a list of values, got {values!r}")
+    rows = []
+    for chosen in itertools.product(*axes.values()):
+        overrides = dict(zip(axes, chosen, strict=True))
+        # The last part of a key says enough unless two axes share it.
+        ends = [key.rsplit(".", 1)[-1] for key in axes]
+        names = list(axes) if len(set(ends)) < len(ends) else ends
+        label = ", ".join(f"{name} {value}" for name, value in zip(names, chosen, strict=True))
+        rows.append(Row(label, {**shared, **overrides}))
+    return rows
+
+
+def _check_keys(content: Any, allowed: frozenset[str], where: str) -> None:
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where} must have {', '.join(sorted(allowed))}, got {content!r}")
+    unknown = [str(key) for key in content if key not in allowed]
+    if unknown:
+        raise ValueError(
+            f"{where} has {', '.join(unknown)}, which is none of {', '.join(sorted(allowed))}"
+        )
+
+
+def _mapping(content: Any, where: str) -> dict[str, Any]:
+    if content is None:
+        return {}
+    if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{where} must map names to values, got {content!r}")
+    return dict(content)
+
+
+def _scaled(size: Any, factor: Fraction) -> Any:
+    if isinstance(size, (tuple, list)):
+        return type(size)(round(each * factor) for each in size)
+    return round(size * factor)
+
+
+def _deepen(cfg: CfgNode, steps: int) -> None:
+    """Choose a deeper ResNet, and its pretrained weights where the name of the file has the depth.
+
+    Raises:
+        ValueError: there is none.
+    """
+    depth = cfg.MODEL.RESNETS.DEPTH
+    deeper = DEPTHS[DEPTHS.index(depth) + steps :] if depth in DEPTHS else ()
+    if not deeper:
+        raise ValueError(
+            f"MODEL.RESNETS.DEPTH is {depth}: there is no ResNet {steps} steps deeper along "
+            f"{', '.join(map(str, DEPTHS))}"
+        )
+    cfg.MODEL.RESNETS.DEPTH = deeper[0]
+    cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS.replace(f"R-{depth}.", f"R-{deeper[0]}.")

@@ -1,0 +1,163 @@
+"""A row of a table, a data set, a budget and a seed as one complete config."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+
+from focal_det.config import add_config, check_training
+from focal_det.data import dataset_classes
+
+from .tables import Row, Table
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run of a sweep.
+
+    Attributes:
+        table: name of its table.
+        label: of its row.
+        overrides: of its row.
+        seed: of weights and data order.
+        iterations: of the training.
+        config: the whole config as YAML; ``OUTPUT_DIR`` is empty.
+    """
+
+    table: str
+    label: str
+    overrides: dict[str, Any]
+    seed: int
+    iterations: int
+    config: str
+
+    @property
+    def key(self) -> str:
+        """Hash of the config, 12 hexadecimal digits: the same run has the same key."""
+        return hashlib.sha256(self.config.encode()).hexdigest()[:12]
+
+    def load_config(self, output_dir: str) -> CfgNode:
+        """The frozen config.
+
+        Args:
+            output_dir: its ``OUTPUT_DIR``.
+        """
+        cfg = get_cfg()
+        add_config(cfg)
+        cfg.merge_from_other_cfg(CfgNode.load_cfg(self.config))
+        cfg.OUTPUT_DIR = output_dir
+        cfg.freeze()
+        return cfg
+
+
+def make_trials(
+    table: Table,
+    *,
+    config_file: str,
+    data: str,
+    seeds: int,
+    budget: int | None = None,
+    device: str = "cpu",
+    options: Sequence[str] = (),
+) -> list[Trial]:
+    """All trials of a table, seed by seed, so that every row has a result early.
+
+    Args:
+        table: which rows.
+        config_file: what they start from, a YAML.
+        data: data set, of which ``<data>_train`` and ``<data>_val`` are registered.
+        seeds: how many, from 1 on.
+        budget: iterations of each; the schedule is scaled to it. None for the config's own.
+        device: ``MODEL.DEVICE``.
+        options: ``KEY VALUE`` pairs for all rows, which a row's own outdo.
+
+    Raises:
+        AssertionError, KeyError: an override that is no config key (Detectron2's messages).
+        OSError: the config file cannot be read.
+        ValueError: another value that cannot be used; it is named, with the row.
+    """
+    base = get_cfg()
+    add_config(base)
+    base.merge_from_file(config_file)
+    names = {"TRAIN": f"{data}_train", "TEST": f"{data}_val"}
+    for split, name in names.items():
+        if name not in DatasetCatalog:
+            raise ValueError(f"--data {data}: {name!r} is not registered; there are {_pairs()}")
+        base.DATASETS[split] = (name,)
+    # A class count that is told by the data needs no telling.
+    base.MODEL.RETINANET.NUM_CLASSES = count_classes(names["TRAIN"])
+    base.MODEL.DEVICE = device
+    base.merge_from_list(list(options))
+    if budget is not None:
+        scale_schedule(base, budget)
+    trials = []
+    for seed in range(1, seeds + 1):
+        for row in table.rows:
+            try:
+                trials.append(_make_trial(table, row, base, seed))
+            except (AssertionError, KeyError, ValueError) as error:
+                raise type(error)(f"table {table.name}, row {row.label!r}: {error}") from error
+    return trials
+
+
+def _make_trial(table: Table, row: Row, base: CfgNode, seed: int) -> Trial:
+    cfg = base.clone()
+    row.apply(cfg)
+    cfg.SEED = seed
+    cfg.OUTPUT_DIR = ""
+    check_training(cfg)
+    _try_to_build(cfg)
+    return Trial(table.name, row.label, row.overrides, seed, cfg.SOLVER.MAX_ITER, cfg.dump())
+
+
+def _try_to_build(cfg: CfgNode) -> None:
+    """Build the model without its weights, which takes next to no time and memory."""
+    cfg = cfg.clone()
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        build_model(cfg)
+
+
+def count_classes(dataset: str) -> int:
+    """Number of foreground classes of a registered data set, which is loaded where need be.
+
+    Raises:
+        ValueError: its metadata say none.
+    """
+    classes = dataset_classes(dataset)
+    if classes is None:
+        DatasetCatalog.get(dataset)
+        classes = MetadataCatalog.get(dataset).get("thing_classes")
+    if not classes:
+        raise ValueError(f"the metadata of {dataset!r} name no thing_classes")
+    return len(classes)
+
+
+def _pairs() -> str:
+    """The data sets that have a part for training and one for validation."""
+    names = set(DatasetCatalog.list())
+    pairs = (name.removesuffix("_train") for name in names if name.endswith("_train"))
+    return ", ".join(sorted(name for name in pairs if f"{name}_val" in names)) or "none"
+
+
+def scale_schedule(cfg: CfgNode, iterations: int) -> None:
+    """Shorten or stretch a config's schedule, learning rate steps and periods with it.
+
+    Args:
+        cfg: changed in place.
+        iterations: the new ``SOLVER.MAX_ITER``, >= 1.
+    """
+    factor = iterations / cfg.SOLVER.MAX_ITER
+    steps = {round(step * factor) for step in cfg.SOLVER.STEPS}
+    # Detectron2 takes rising steps inside the schedule only; in a short one, some coincide.
+    cfg.SOLVER.STEPS = tuple(sorted(step for step in steps if 0 < step < iterations))
+    cfg.SOLVER.WARMUP_ITERS = round(cfg.SOLVER.WARMUP_ITERS * factor)
+    cfg.SOLVER.CHECKPOINT_PERIOD = max(1, round(cfg.SOLVER.CHECKPOINT_PERIOD * factor))
+    if cfg.TEST.EVAL_PERIOD > 0:
+        cfg.TEST.EVAL_PERIOD = max(1, round(cfg.TEST.EVAL_PERIOD * factor))
+    cfg.SOLVER.MAX_ITER = iterations

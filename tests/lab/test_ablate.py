@@ -1,0 +1,71 @@
+"""tools/ablate.py as a user types it, with Ray."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+TABLE = """
+title: Two rates
+source: nowhere
+axes: {SOLVER.BASE_LR: [0.01, 0.02]}
+"""
+
+
+@pytest.fixture
+def ablate(root, tmp_path):
+    """A function that runs the script; what it prints."""
+
+    def run(*words, status=0):
+        command = [sys.executable, str(root / "tools" / "ablate.py"), *map(str, words)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+        assert done.returncode == status, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return run
+
+
+def test_a_sweep_runs_goes_on_and_makes_its_table(ablate, few, tmp_path):
+    (tmp_path / "rates.yaml").write_text(TABLE)
+    words = ["--table", "rates.yaml", "--data", few, "--budget", 2, "--output", "out"]
+    batch = ["SOLVER.IMS_PER_BATCH", 2]
+    assert "2 trials: 0 are done, 2 are to be run" in ablate(*words, "--dry-run", *batch)
+    assert not (tmp_path / "out").exists()
+    text = ablate(*words, *batch)
+    assert "| BASE_LR 0.01 |" in text
+    assert (tmp_path / "out" / "rates.md").read_text() in text
+    made = json.loads((tmp_path / "out" / "rates.json").read_text())
+    assert [row["seeds"] for row in made["rows"]] == [[1], [1]]
+    assert made["data"] == ["[['few_train'], ['few_val']]"]
+    for kind in ("svg", "png"):
+        assert (tmp_path / "out" / f"rates.{kind}").is_file()
+    # As after a kill: what has a record is not run again.
+    records = sorted((tmp_path / "out" / "records").iterdir())
+    before = records[0].stat().st_mtime_ns
+    records[1].unlink()
+    assert "2 trials: 1 are done, 1 are to be run" in ablate(*words, *batch)
+    assert sorted((tmp_path / "out" / "records").iterdir()) == records
+    assert records[0].stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--table", "9", "--data", "digits_clutter"), "--table must be one of 1a, 1b"),
+        (("--table", "3", "--data", "no"), "--data no: 'no_train' is not registered"),
+        (("--table", "3", "--data", "digits_clutter", "--seeds", "0"), "--seeds must be 1 or more"),
+        (("--table", "3", "--data", "digits_clutter", "--config", "x"), "--config must name a YA"),
+        (
+            ("--table", "3", "--data", "digits_clutter", "SOLVER.LR", "1"),
+            "Non-existent key: SOLVER.LR",
+        ),
+    ],
+)
+def test_a_command_line_that_cannot_be_carried_out_ends_with_2(ablate, words, says):
+    assert says in ablate(*words, status=2)
+
+
+def test_more_than_there_is_cannot_be_asked_for(ablate, few):
+    words = ("--table", "3", "--data", few, "--budget", 1, "--cpus", 1000)
+    assert "--cpus 1000 a trial, but Ray has" in ablate(*words, status=2)

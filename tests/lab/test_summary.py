@@ -1,0 +1,138 @@
+"""What a summary says of records, against numbers worked out by hand."""
+
+import json
+import math
+
+import pytest
+
+from focal_det.analysis.records import METRICS
+from focal_det.lab import charts, summary
+from focal_det.lab.tables import Row, Table
+
+TABLE = Table(
+    "t",
+    "A table",
+    "somewhere",
+    (
+        Row("a", {}, {"AP": 30.0}),
+        Row("b", {}, {"AP": 31.0, "AP50": 50.0}),
+        Row("c", {}, {"AP": 34.0}),
+        Row("d", {}),
+    ),
+)
+
+
+def record(label, seed, ap, error=None):
+    return {
+        "label": label,
+        "seed": seed,
+        "error": error,
+        "iterations": 10,
+        "data": [["x_train"], ["x_val"]],
+        "metrics": {**dict.fromkeys(METRICS), "AP": ap},
+        "inference_ms": {"median": 10.0 * seed, "p95": 99.0},
+        "environment": {"commit": "abc", "device": "CPU"},
+    }
+
+
+def made(**values):
+    """A summary of these APs by row, seeds from 1 on."""
+    found = [
+        record(label, seed, ap) for label, aps in values.items() for seed, ap in enumerate(aps, 1)
+    ]
+    return summary.summarise(TABLE, found)
+
+
+def row(made, label):
+    return next(each for each in made["rows"] if each["label"] == label)
+
+
+def test_mean_spread_and_ranks():
+    found = made(a=[10.0, 14.0], b=[20.0, 20.0], c=[12.0])
+    assert row(found, "a")["metrics"]["AP"] == {
+        "mean": 12.0,
+        "sd": pytest.approx(math.sqrt(8)),  # of the sample: (2^2 + 2^2) / 1
+        "values": [10.0, 14.0],
+    }
+    assert row(found, "c")["metrics"]["AP"]["sd"] is None
+    assert [each["rank"] for each in found["rows"]] == [2, 1, 2, None]
+    assert [each["paper_rank"] for each in found["rows"]] == [3, 2, 1, None]
+    assert row(found, "a")["inference_ms"] == 15.0
+    assert row(found, "d")["seeds"] == []
+
+
+@pytest.mark.parametrize(
+    ("values", "tau"),
+    [
+        ({"a": [1], "b": [2], "c": [3]}, 1.0),
+        ({"a": [3], "b": [2], "c": [1]}, -1.0),
+        ({"a": [1], "b": [3], "c": [2]}, 1 / 3),  # two pairs agree, one does not
+        ({"a": [1], "b": [1], "c": [2]}, 2 / math.sqrt(2 * 3)),  # tau-b: one tie on our side
+        ({"a": [1], "d": [9]}, None),  # the paper has no number for d
+        ({"a": [5], "b": [5]}, None),
+    ],
+)
+def test_kendalls_tau_with_the_papers_order(values, tau):
+    assert made(**values)["kendall_tau"] == (None if tau is None else pytest.approx(tau))
+
+
+def test_the_winner_is_ahead_by_more_than_the_seeds_differ():
+    found = made(a=[10.0, 11.0], b=[11.5, 15.0])
+    assert found["winner"] == "b"
+    assert found["verdict"] == (
+        "b: its lowest seed (11.5) is above the highest of any other row (11.0)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (
+            {"a": [10.0, 12.0], "b": [11.5, 15.0]},
+            "its lowest seed (11.5) is not above the highest of a",
+        ),
+        ({"a": [10.0], "b": [15.0]}, "one seed says nothing of the spread (b is highest)"),
+        ({"a": [0.0, 0.0], "b": [15.0, 16.0]}, "fewer than two rows have an AP above 0"),
+    ],
+)
+def test_no_winner_inside_the_spread(values, says):
+    found = made(**values)
+    assert found["winner"] is None
+    assert says in found["verdict"]
+
+
+def test_a_training_that_diverged_counts_as_nothing_and_is_named():
+    found = summary.summarise(
+        TABLE, [record("a", 1, None, "loss_cls is inf"), record("a", 2, 8.0), record("b", 1, 5.0)]
+    )
+    assert row(found, "a")["metrics"]["AP"]["values"] == [0.0, 8.0]
+    assert row(found, "a")["diverged"] == 1
+    assert "| 2 (1 diverged) |" in summary.markdown(found)
+
+
+def test_markdown_has_the_papers_column_and_marks_the_winner():
+    text = summary.markdown(made(a=[10.0, 11.0], b=[11.5, 15.5]))
+    lines = text.splitlines()
+    assert lines[0] == "### A table"
+    cells = [cell.strip() for cell in next(x for x in lines if "**b**" in x).split("|")]
+    assert cells[1:] == ["**b**", "13.5 ± 2.8", "", "", "2", "1", "31.0", "50.0", "", "2", ""]
+    assert "Kendall's tau with the paper's order: 1.00." in text
+    assert "10 iterations, commit abc, CPU." in text
+    assert "ms an image" not in text
+    json.dumps(made(a=[1.0]), allow_nan=False)
+
+
+def test_records_of_other_rows_are_left_out():
+    assert summary.summarise(TABLE, [record("other", 1, 99.0)])["commits"] == []
+
+
+def test_the_picture_is_the_same_for_the_same_data(tmp_path):
+    found = made(a=[10.0, 11.0], b=[11.5, 15.5], d=[3.0])
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        folder.mkdir()
+        charts.save_figure(charts.draw_table(found), folder / "t")
+    for kind in ("svg", "png"):
+        one, two = ((tmp_path / name / f"t.{kind}").read_bytes() for name in ("one", "two"))
+        assert one == two
+        assert len(one) > 5000

@@ -1,0 +1,143 @@
+"""Tables of trials: the paper's own, and what a user may get wrong in one of theirs."""
+
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from detectron2.config import get_cfg
+
+import focal_det
+from focal_det.lab.tables import Row, built_in, load_table
+
+
+@pytest.fixture
+def cfg():
+    cfg = get_cfg()
+    focal_det.add_config(cfg)
+    return cfg
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_the_papers_tables_are_there_with_its_numbers():
+    assert {"1a", "1b", "1c", "1d", "1e", "3"} <= set(built_in())
+    rows = {name: {row.label: row for row in load_table(name).rows} for name in built_in()}
+    assert [len(rows[name]) for name in ("1a", "1b", "1c", "1d", "1e", "3")] == [7, 7, 7, 10, 10, 4]
+    assert rows["1a"]["alpha 0.75"].paper == {"AP": 31.1, "AP50": 49.4, "AP75": 33.0}
+    assert rows["1b"]["gamma 2, alpha 0.25"].paper["AP"] == 34.0
+    assert rows["1c"]["2 scales, 3 ratios"].paper["AP"] == 34.2
+    assert rows["1d"]["OHEM 1:3, batch 512, NMS 0.5"].paper["AP75"] == 25.8
+    assert rows["1e"]["deeper, 800/600 of the size"].paper["milliseconds"] == 198
+    assert rows["3"]["FL* gamma 4, beta 0"].paper["AP50"] == 51.8
+
+
+def test_each_row_changes_what_its_label_says(cfg):
+    found = {}
+    for name in built_in():
+        for row in load_table(name).rows:
+            changed = cfg.clone()
+            row.apply(changed)
+            found[name, row.label] = changed.MODEL
+    assert found["1a", "alpha 0.99"].FOCAL_DET.BALANCED_CE.ALPHA == 0.99
+    assert found["1b", "gamma 0.5, alpha 0.5"].RETINANET.FOCAL_LOSS_GAMMA == 0.5
+    assert found["1b", "gamma 0.5, alpha 0.5"].RETINANET.FOCAL_LOSS_ALPHA == 0.5
+    ohem = found["1d", "OHEM 1:3, batch 256, NMS 0.5"].FOCAL_DET
+    assert ohem.LOSS.NAME == "OHEMLoss"
+    assert (ohem.OHEM.BATCH_SIZE, ohem.OHEM.NMS_THRESH, ohem.OHEM.NEG_POS_RATIO) == (256, 0.5, 3.0)
+    star = found["3", "FL* gamma 4, beta 0"].FOCAL_DET
+    assert (star.LOSS.NAME, star.FL_STAR.GAMMA, star.FL_STAR.BETA) == ("FocalLossStar", 4.0, 0.0)
+    assert found["main", "cross entropy, prior .5"].RETINANET.PRIOR_PROB == 0.5
+    # No two rows of a table are one setting.
+    for name in built_in():
+        dumps = [json.dumps(m, sort_keys=True) for (table, _), m in found.items() if table == name]
+        if name != "1e":  # whose rows differ in INPUT too
+            assert len(set(dumps)) == len(dumps)
+
+
+def test_anchors_are_so_many_to_the_octave_from_each_levels_smallest(cfg):
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[13, 10], [24]]
+    Row("", {}, anchors={"scales": 2, "aspect_ratios": 3}).apply(cfg)
+    sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
+    assert sizes[0] == pytest.approx([10, 10 * 2**0.5])
+    assert sizes[1] == pytest.approx([24, 24 * 2**0.5])
+    assert cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS == [[0.5, 1.0, 2.0]]
+    Row("", {}, anchors={"scales": 1, "aspect_ratios": 1}).apply(cfg)
+    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [[10], [24]]
+    assert cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS == [[1.0]]
+
+
+def test_image_scale_of_the_papers_recipe_gives_the_papers_sizes(cfg, root):
+    cfg.merge_from_file(
+        str(root / "configs/COCO-Detection/focal_retinanet_R_50_FPN_paper_600.yaml")
+    )
+    Row("", {}, image_scale=Fraction("400/600")).apply(cfg)
+    assert tuple(cfg.INPUT.MIN_SIZE_TRAIN) == (400,)
+    assert cfg.INPUT.MIN_SIZE_TEST == 400
+    assert cfg.INPUT.MAX_SIZE_TEST == cfg.INPUT.MAX_SIZE_TRAIN == 667
+
+
+def test_a_deeper_backbone_takes_its_own_weights(cfg):
+    cfg.MODEL.WEIGHTS, cfg.MODEL.RESNETS.DEPTH = "catalog://MSRA/R-50.pkl", 50
+    Row("", {}, deeper=1).apply(cfg)
+    assert (cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.WEIGHTS) == (101, "catalog://MSRA/R-101.pkl")
+    with pytest.raises(ValueError, match=r"MODEL\.RESNETS\.DEPTH is 101: there is no ResNet 2 "):
+        Row("", {}, deeper=2).apply(cfg)
+
+
+def test_axes_are_multiplied(tmp_path):
+    text = """
+title: Mine
+overrides: {MODEL.FOCAL_DET.LOSS.NAME: FocalLoss}
+axes:
+  SOLVER.BASE_LR: [0.1, 0.2]
+  MODEL.RETINANET.FOCAL_LOSS_GAMMA: [1.0, 2.0, 3.0]
+"""
+    table = load_table(write(tmp_path, text))
+    assert (table.name, table.title, len(table.rows)) == ("mine", "Mine", 6)
+    assert table.rows[4].label == "BASE_LR 0.2, FOCAL_LOSS_GAMMA 2.0"
+    assert table.rows[4].overrides == {
+        "MODEL.FOCAL_DET.LOSS.NAME": "FocalLoss",
+        "SOLVER.BASE_LR": 0.2,
+        "MODEL.RETINANET.FOCAL_LOSS_GAMMA": 2.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("- 1", "must have axes, overrides, rows, source, title, got [1]"),
+        ("title: a", "must have either rows or axes"),
+        ("rows: []\naxes: {A: [1]}", "must have either rows or axes"),
+        ("rows: []", "has no row"),
+        ("rows: [{label: a}]\nrow: 1", "has row, which is none of axes, overrides, rows"),
+        ("rows: [{overrides: {A: 1}}]", "a row has no label"),
+        ("rows: [{label: a, override: {A: 1}}]", "a row has override, which is none of anchors"),
+        ("rows: [{label: a, overrides: [A, 1]}]", "row 'a': overrides must map names to values"),
+        ("rows: [{label: a}, {label: a}]", "two rows are labelled 'a'"),
+        ("rows: [{label: a, anchors: {scales: 0, aspect_ratios: 1}}]", "scales, 1 to 8, and aspec"),
+        ("rows: [{label: a, anchors: {scales: 1, aspect_ratios: 2}}]", "aspect_ratios, 1 or 3"),
+        ("rows: [{label: a, image_scale: 0}]", "image_scale must be above 0, got 0"),
+        ("rows: [{label: a, image_scale: 1/0}]", "image_scale must be above 0, got '1/0'"),
+        ("rows: [{label: a, deeper: -1}]", "deeper must be 0 to 4, got -1"),
+        ("rows: [{label: a, paper: {AP: high}}]", "paper: AP must be a number, got 'high'"),
+        ("axes: {A: 1}", "axes: A must be a list of values, got 1"),
+    ],
+)
+def test_what_is_wrong_in_a_table_is_named_with_its_file(tmp_path, text, says):
+    path = write(tmp_path, text)
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (asserted below)
+        load_table(path)
+    assert says in str(error.value)
+    assert path in str(error.value)
+
+
+def test_an_unknown_table_lists_the_known():
+    with pytest.raises(
+        ValueError, match=r"must be one of 1a, 1b, .*, all, or a YAML file, got '2'"
+    ):
+        load_table("2")

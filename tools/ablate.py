@@ -1,0 +1,143 @@
+"""Run a table of the Focal Loss paper, or one of your own, on your data.
+
+    python tools/ablate.py --table 1b --data digits_clutter --seeds 3
+    python tools/ablate.py --table all --data cells --config configs/my_base.yaml --budget 5000
+    python tools/ablate.py --table my_axes.yaml --data cells SOLVER.BASE_LR 0.01
+    python tools/ablate.py --table 1b --data digits_clutter --report-only
+
+What is done already, by the hash of its whole config, is not run again: a sweep that was killed
+goes on where it stopped, and one with more seeds adds to the first. A set of your own is named in
+FOCAL_DET_DATASETS, as NAME_train and NAME_val.
+
+Writes OUTPUT/records/KEY.json for each trial and OUTPUT/TABLE.md, .json, .svg and .png.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+with warnings.catch_warnings():
+    # fvcore, which Detectron2 imports, scripts its focal loss; PyTorch warns that this will go.
+    warnings.filterwarnings("ignore", ".*torch.jit.script.*")
+    import focal_det  # noqa: F401  (registers the data sets)
+
+import torch
+
+from focal_det.analysis import records
+from focal_det.lab import charts, summary
+from focal_det.lab.sweep import load_records, run_sweep
+from focal_det.lab.tables import Table, built_in, load_table
+from focal_det.lab.trials import Trial, make_trials
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "configs" / "demo" / "focal_retinanet_digits.yaml"
+
+
+def main() -> int:
+    """Run the command line; the exit status."""
+    args = parse()
+    output = Path(args.output).resolve()
+    by_table: dict[str, list[Trial]] = args.trials
+    every = {trial.key: trial for trials in by_table.values() for trial in trials}
+    done = load_records(output, every)
+    left = [trial for key, trial in every.items() if key not in done]
+    print(f"{len(every)} trials: {len(done)} are done, {len(left)} are to be run")
+    if args.dry_run:
+        for trial in left:
+            print(f"{trial.key}  table {trial.table}, seed {trial.seed}: {trial.label}")
+        return 0
+    problems = []
+    if not args.report_only:
+        try:
+            problems = run_sweep(left, output, address=args.address, cpus=args.cpus, gpus=args.gpus)
+        except KeyboardInterrupt:
+            print("\nInterrupted. The same command goes on where this one stopped.")
+            return 130
+        except (ImportError, ValueError) as error:  # Ray, and what it has
+            print(error, file=sys.stderr)
+            return 2
+    for table in args.tables:
+        trials = by_table[table.name]
+        report(table, list(load_records(output, [trial.key for trial in trials]).values()), output)
+    for problem in problems:
+        print(f"failed: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def report(table: Table, found: list[dict[str, object]], output: Path) -> None:
+    """Write a table's summary in all its forms, and print it."""
+    if not found:
+        print(f"table {table.name}: nothing has been run yet")
+        return
+    made = summary.summarise(table, found)
+    records.save(made, output / f"{table.name}.json")
+    text = summary.markdown(made)
+    (output / f"{table.name}.md").write_text(text, encoding="utf-8")
+    charts.save_figure(charts.draw_table(made), output / table.name)
+    print(f"\n{text}")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; ends the program with a message where it cannot be carried out."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = ", ".join(built_in())
+    parser.add_argument("--table", required=True, help=f"{names}, all, or a YAML file of your own")
+    parser.add_argument("--data", required=True, help="NAME of NAME_train and NAME_val")
+    parser.add_argument("--config", default=str(CONFIG), help="a YAML config to start from")
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from 1 on")
+    parser.add_argument("--budget", type=int, help="iterations; the schedule is scaled to it")
+    parser.add_argument("--output", default="output/ablate", help="folder of the sweep")
+    parser.add_argument("--address", help="of a Ray cluster; default: this machine")
+    parser.add_argument("--cpus", type=int, default=1, help="CPU cores for each trial")
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        default=int(torch.cuda.is_available()),
+        help="GPUs for each trial; default: 1 where there is one",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be run")
+    parser.add_argument("--report-only", action="store_true", help="run nothing, write the tables")
+    parser.add_argument("opts", nargs="*", help="config overrides of all rows: KEY VALUE pairs")
+    args = parser.parse_args(argv)
+    try:
+        check(args)
+    except (AssertionError, KeyError, OSError, ValueError) as error:
+        parser.error(str(error))
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Find out before the first trial what would stop the last; adds ``tables`` and ``trials``.
+
+    Raises:
+        AssertionError, KeyError, OSError, ValueError: see
+            :func:`focal_det.lab.trials.make_trials`.
+    """
+    for flag, least in (("seeds", 1), ("budget", 1), ("cpus", 1), ("gpus", 0)):
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            raise ValueError(f"--{flag} must be {least} or more, got {value}")
+    if not Path(args.config).is_file():
+        raise ValueError(f"--config must name a YAML file, got {args.config!r}")
+    names = [name for name in built_in() if name != "main"] if args.table == "all" else [args.table]
+    args.tables = [load_table(name) for name in names]
+    args.trials = {
+        table.name: make_trials(
+            table,
+            config_file=args.config,
+            data=args.data,
+            seeds=args.seeds,
+            budget=args.budget,
+            device="cuda" if args.gpus else "cpu",
+            options=args.opts,
+        )
+        for table in args.tables
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
