@@ -1,0 +1,232 @@
+"""The paper's figures, drawn from our own losses, records and measurements.
+
+Every function takes plain data, so that what is drawn can be kept beside the picture and drawn
+again. Colours are Okabe and Ito's; dashes say the same a second time.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from focal_det.analysis.drawing import STYLES, Style
+from focal_det.losses import CrossEntropyLoss, ElementwiseLoss, FocalLoss, FocalLossStar
+
+from .charts import SETTINGS
+
+GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)  # arXiv 1708.02002, Figure 1
+FORMS: dict[str, ElementwiseLoss] = {  # Figures 5 and 6, without alpha
+    "CE": CrossEntropyLoss(),
+    "FL, gamma 2": FocalLoss(alpha=None, gamma=2.0),
+    "FL*, gamma 2, beta 1": FocalLossStar(alpha=None, gamma=2.0, beta=1.0),
+    "FL*, gamma 4, beta 0": FocalLossStar(alpha=None, gamma=4.0, beta=0.0),
+}
+SIZE = (5.6, 4.2)
+
+
+def figure_1() -> Figure:
+    """Focal loss over p_t (arXiv 1708.02002, Figure 1)."""
+    p_t = torch.linspace(0.005, 0.995, 400, dtype=torch.float64)
+    curves = {
+        f"gamma {gamma:g}" + (" (CE)" if gamma == 0 else ""): loss_of(
+            FocalLoss(alpha=None, gamma=gamma), torch.logit(p_t)
+        )[0]
+        for gamma in GAMMAS
+    }
+    with mpl.rc_context(SETTINGS):
+        figure, axes = _axes("Focal loss", "p_t, probability of the true class", "loss")
+        _draw_curves(axes, p_t, curves)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 5)
+        axes.axvspan(0.6, 1, color="#eeeeee", zorder=0)
+        axes.text(0.8, 4.6, "well classified", ha="center", color="#444444")
+        axes.legend(frameon=False, loc="upper center", handlelength=3.2)
+    return figure
+
+
+def figure_5() -> Figure:
+    """FL and FL* over x_t = y x (arXiv 1708.02002, Figure 5)."""
+    return _forms("FL and FL*", "loss", derivative=False)
+
+
+def figure_6() -> Figure:
+    """Their derivatives by x_t (arXiv 1708.02002, Figure 6)."""
+    return _forms("Derivatives of FL and FL*", "d loss / d x_t", derivative=True)
+
+
+def _forms(title: str, unit: str, *, derivative: bool) -> Figure:
+    x_t = torch.linspace(-5, 5, 401, dtype=torch.float64)
+    curves = {name: loss_of(loss, x_t)[int(derivative)] for name, loss in FORMS.items()}
+    with mpl.rc_context(SETTINGS):
+        figure, axes = _axes(title, "x_t, logit of the true class", unit)
+        _draw_curves(axes, x_t, curves)
+        axes.set_xlim(-5, 5)
+        axes.axvline(0, color="#999999", linewidth=0.8)
+        axes.legend(frameon=False, handlelength=3.2)
+    return figure
+
+
+def loss_of(loss: ElementwiseLoss, x_t: Tensor) -> tuple[Tensor, Tensor]:
+    """A loss and its derivative by x_t, of foreground terms.
+
+    Args:
+        loss: without alpha weighting.
+        x_t: (P,) float64.
+
+    Returns:
+        Two tensors (P,).
+    """
+    logits = x_t.clone()[:, None].requires_grad_()
+    labels = torch.zeros(len(x_t), dtype=torch.int64)
+    values = loss.elementwise(logits, labels)
+    (slopes,) = torch.autograd.grad(values.sum(), logits)
+    return values.detach()[:, 0], slopes[:, 0]
+
+
+def figure_7(rows: Iterable[Mapping[str, float]]) -> Figure:
+    """FL* curves coloured by the AP that training with them gave (arXiv 1708.02002, Figure 7).
+
+    Args:
+        rows: ``gamma``, ``beta`` and ``AP`` of each setting.
+    """
+    rows = sorted(rows, key=lambda row: row["AP"])
+    x_t = torch.linspace(-5, 5, 401, dtype=torch.float64)
+    with mpl.rc_context(SETTINGS):
+        figure, axes = _axes("FL* by the AP it gave", "x_t, logit of the true class", "loss")
+        scores = [row["AP"] for row in rows]
+        norm = mpl.colors.Normalize(min(scores), max(scores) or 1)
+        colors = mpl.colormaps["cividis"]
+        for row in rows:
+            loss = FocalLossStar(alpha=None, gamma=row["gamma"], beta=row["beta"])
+            # At the same height where x_t is 0, so that the shapes can be told apart.
+            values = loss_of(loss, x_t)[0]
+            axes.plot(x_t, values, color=colors(norm(row["AP"])), linewidth=1.8)
+        values = loss_of(CrossEntropyLoss(), x_t)[0]
+        axes.plot(x_t, values, color="black", linestyle=(0, (4, 1.5)), label="CE")
+        axes.set_xlim(-5, 5)
+        axes.set_ylim(0, 5)
+        axes.legend(frameon=False)
+        figure.colorbar(mpl.cm.ScalarMappable(norm, colors), ax=axes, label="AP (percent)")
+    return figure
+
+
+def figure_2(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """AP against inference time, and the upper hull (arXiv 1708.02002, Figure 2).
+
+    One panel a group: times of different machines have no common axis.
+
+    Args:
+        groups: title to points with ``method``, ``AP`` (percent) and ``time_ms``.
+    """
+    with mpl.rc_context(SETTINGS):
+        figure = Figure(figsize=(SIZE[0] * len(groups), SIZE[1]), layout="constrained")
+        panels = figure.subplots(1, len(groups), squeeze=False)[0]
+        for axes, (title, points) in zip(panels, groups.items(), strict=True):
+            _label(axes, title, "inference time of an image (ms)", "AP (percent)")
+            hull = upper_hull([(point["time_ms"], point["AP"]) for point in points])
+            axes.plot(*zip(*hull, strict=True), color="#999999", linestyle=(0, (4, 1.5)), zorder=1)
+            families = sorted({_family(point["method"]) for point in points})
+            for family, style in zip(families, _styles(), strict=False):
+                members = [point for point in points if _family(point["method"]) == family]
+                axes.plot(
+                    [point["time_ms"] for point in members],
+                    [point["AP"] for point in members],
+                    MARKERS[families.index(family) % len(MARKERS)],
+                    color=style.color,
+                    ms=7,
+                )
+            for point in points:
+                # Above where another of the same AP stands to the left, whose name is there.
+                crowded = any(
+                    other["AP"] == point["AP"] and other["time_ms"] < point["time_ms"]
+                    for other in points
+                )
+                axes.annotate(
+                    point["method"],
+                    (point["time_ms"], point["AP"]),
+                    xytext=(5, 5 if crowded else -11),
+                    textcoords="offset points",
+                    fontsize=8,
+                )
+            axes.margins(0.18, 0.12)
+    return figure
+
+
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
+
+
+def _family(method: str) -> str:
+    return "RetinaNet" if "RetinaNet" in method else "others"
+
+
+def upper_hull(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The upper convex hull of points, from the leftmost to the highest.
+
+    Args:
+        points: time and AP; at least one.
+
+    Returns:
+        Corners by rising time; no line between two of them has a point above it.
+    """
+    hull: list[tuple[float, float]] = []
+    for point in sorted(points):
+        while len(hull) > 1 and _turn(hull[-2], hull[-1], point) >= 0:
+            hull.pop()
+        hull.append(point)
+    highest = max(range(len(hull)), key=lambda index: hull[index][1])
+    return hull[: highest + 1]
+
+
+def _turn(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> float:
+    """Above 0 where the way from a over b to c turns left."""
+    return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
+
+
+def figure_4(curves: Mapping[str, Any]) -> Figure:
+    """Cumulative share of the loss, easiest examples first (arXiv 1708.02002, Figure 4).
+
+    Args:
+        curves: ``fraction`` (of the examples, in [0, 1]), and for ``foreground`` and
+            ``background`` a mapping of gamma, as text, to the share of the loss up to there.
+    """
+    with mpl.rc_context(SETTINGS):
+        figure = Figure(figsize=(2 * SIZE[0], SIZE[1]), layout="constrained")
+        for axes, side in zip(figure.subplots(1, 2), ("foreground", "background"), strict=True):
+            _label(axes, side, f"fraction of {side} examples", "share of the loss")
+            by_gamma = {f"gamma {float(gamma):g}": y for gamma, y in curves[side].items()}
+            _draw_curves(axes, curves["fraction"], by_gamma)
+            axes.set_xlim(0, 1)
+            axes.set_ylim(0, 1)
+            axes.legend(frameon=False, loc="upper left", handlelength=3.2)
+    return figure
+
+
+def _axes(title: str, x: str, y: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    _label(axes, title, x, y)
+    return figure, axes
+
+
+def _label(axes: Any, title: str, x: str, y: str) -> None:
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(True, color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def _draw_curves(axes: Any, x: Any, curves: Mapping[str, Any]) -> None:
+    for (name, y), style in zip(curves.items(), _styles(), strict=False):
+        axes.plot(
+            np.asarray(x), np.asarray(y), label=name, color=style.color, linestyle=style.dashes,
+            linewidth=2,
+        )  # fmt: skip
+
+
+def _styles() -> tuple[Style, ...]:
+    return STYLES
