@@ -353,11 +353,17 @@ def _train_lazy(cfg: DictConfig, model: nn.Module, resume: bool, allow_changes: 
 
 
 def _as_yaml(cfg: DictConfig) -> str:
-    """A LazyConfig as text that can be loaded again."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        LazyConfig.save(cfg, str(path))
-        return path.read_text(encoding="utf-8")
+    """A LazyConfig as text, empty where YAML cannot hold it (a ``torch.dtype``, say)."""
+    theirs = logging.getLogger("detectron2.config.lazy")
+    quiet = theirs.disabled
+    theirs.disabled = True  # default_setup(), which saves it too, has told of what cannot be saved
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "config.yaml"
+            LazyConfig.save(cfg, str(path))
+            return path.read_text(encoding="utf-8") if path.exists() else ""
+    finally:
+        theirs.disabled = quiet
 
 
 def _detectron2_loads(train: DictConfig) -> bool:

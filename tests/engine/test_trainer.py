@@ -1,14 +1,18 @@
 """What the trainer adds to Detectron2's: images that cannot be used are named, or left out."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
+import torch
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer
+from omegaconf import OmegaConf
 
 from focal_det import add_config
 from focal_det.engine import Trainer
+from focal_det.engine.trainer import _as_yaml
 
 DEMO = Path(__file__).parents[2] / "configs/demo/focal_retinanet_digits.yaml"
 
@@ -56,3 +60,13 @@ def test_a_trainer_that_does_not_read_the_key_says_so(cfg, caplog):
     assert "ON_BAD_IMAGE" not in caplog.text
     DefaultTrainer.build_model(cfg)
     assert "DATALOADER.ON_BAD_IMAGE is 'skip', but without effect" in caplog.text
+
+
+def test_a_lazy_config_that_yaml_cannot_hold_is_an_empty_text(caplog):
+    caplog.set_level(logging.INFO, logger="detectron2")
+    for value, expected in ((torch.float32, ""), (3, "model: {value: 3}\n")):
+        config = OmegaConf.create({"model": {"value": value}}, flags={"allow_objects": True})
+        assert _as_yaml(config) == expected
+    assert not caplog.records  # Detectron2 has shown the traceback already, when it saved it
+    logging.getLogger("detectron2.config.lazy").warning("heard again")
+    assert "heard again" in caplog.text
