@@ -2,7 +2,8 @@
 
 A pickle is a program: what it names is imported and called. So is a YAML file with Python's tags.
 Here only plain data is read: tensors, numpy arrays, numbers, text and Python's own containers.
-Everything else raises :class:`UnsafeFileError` before anything of it has run.
+Everything else raises :class:`UnsafeFileError` before anything of it has run. For a checkpoint
+whose author is trusted, ``python -m focal_det.safe_loading.convert`` makes a plain one of it.
 
 What is code by its nature stays code: a ``.py`` LazyConfig is executed when it is loaded, and
 ``instantiate`` calls whatever the ``_target_`` of any LazyConfig names, a ``.yaml`` one's too.

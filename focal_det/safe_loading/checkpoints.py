@@ -16,11 +16,6 @@ from .pickles import UnsafeFileError, damage, load_pickle, refusal
 # Below Detectron2's logger, whose handlers every Detectron2 script sets up.
 logger = logging.getLogger(f"detectron2.{__name__}")
 
-_CONVERSION = (
-    'import torch; loaded = torch.load("in.pth", map_location="cpu", weights_only=False); '
-    'torch.save({"model": loaded["model"]}, "out.pth")'
-)
-
 
 def load_checkpoint(filename: str) -> dict[str, Any]:
     """What ``DetectionCheckpointer._load_file`` reads from a file, if all of it is plain data.
@@ -107,16 +102,16 @@ def load_torch(path: str) -> Any:
     """
     try:
         if tarfile.is_tarfile(path):
-            raise refusal(path, "an archive of PyTorch before 0.1.10", _CONVERSION)
+            raise refusal(path, "an archive of PyTorch before 0.1.10")
         if _is_torchscript(path):
-            raise refusal(path, "a TorchScript program", _CONVERSION)
+            raise refusal(path, "a TorchScript program")
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, UnsafeFileError):
         raise
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error))
         what = found[1] if found else "something else than tensors"
-        raise refusal(path, what, _CONVERSION) from error
+        raise refusal(path, what) from error
     except Exception as error:  # a damaged file may raise anything
         raise damage(path, error) from error
 

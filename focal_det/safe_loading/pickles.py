@@ -5,6 +5,7 @@ import math
 import pickle
 import re
 import reprlib
+import shlex
 import struct
 from collections import OrderedDict
 from collections.abc import Callable
@@ -13,28 +14,23 @@ from typing import IO, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-_CONVERSION = (
-    'import pickle, torch; model = pickle.load(open("in.pkl", "rb"), encoding="latin1")["model"]; '
-    'torch.save({"model": {k: torch.as_tensor(v) for k, v in model.items()}}, "out.pth")'
-)
-
 
 class UnsafeFileError(ValueError):
     """A file that asks for more than plain data; nothing of what it asks for was done."""
 
 
-def refusal(filename: str, what: str, conversion: str) -> UnsafeFileError:
+def refusal(filename: str, what: str) -> UnsafeFileError:
     """The error for a file that contains something else than plain data.
 
     Args:
         filename: the file.
         what: what it contains, a global as ``module.name``.
-        conversion: Python that makes plain data of such a file.
     """
+    command = "python -m focal_det.safe_loading.convert"
     return UnsafeFileError(
         f"{filename!r} is refused: it contains {what}, which is not plain data, and loading that "
-        "could run any code. If you trust its author, convert it once, in an environment where it "
-        f"can do no harm: {conversion}"
+        "could run any code. If it is a checkpoint whose author you trust, convert it once, in an "
+        f"environment where it can do no harm: {command} {shlex.quote(filename)} OUT.pth --trust"
     )
 
 
@@ -182,7 +178,7 @@ class _PlainUnpickler(pickle._Unpickler):
         self.filename = filename
 
     def refusal(self, what: str) -> UnsafeFileError:
-        return refusal(self.filename, what, _CONVERSION)
+        return refusal(self.filename, what)
 
     def find_class(self, module: str, name: str) -> Any:
         # Nothing is imported and no attribute is asked for, so a dotted name leads nowhere.
