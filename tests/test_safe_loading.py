@@ -24,7 +24,7 @@ import pytest
 import torch
 import yaml
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import LazyConfig
+from detectron2.config import CfgNode, LazyConfig
 from detectron2.layers import ShapeSpec
 from fvcore.common.checkpoint import Checkpointer
 
@@ -598,6 +598,28 @@ def test_everything_else_is_no_arithmetic(expression):
     file = io.StringIO(f'A: !!python/object/apply:eval ["{expression}"]')
     with pytest.raises(UnsafeFileError, match="line 1 has the tag '!!python/object/apply:eval'"):
         load_yaml(file)
+
+
+def test_tuples_are_plain_data():
+    text = yaml.dump({"A": (1, [2, (3,)]), "B": ()})
+    assert "!!python/tuple" in text
+    assert_same(load_yaml(io.StringIO(text)), {"A": (1, [2, (3,)]), "B": ()})
+    with pytest.raises(UnsafeFileError, match=r"os\.system"):
+        load_yaml(io.StringIO("A: !!python/tuple [!!python/object/apply:os.system [ls]]"))
+
+
+def test_a_config_that_is_its_own_base_is_named(tmp_path):
+    install()
+    (tmp_path / "a.yaml").write_text("_BASE_: b.yaml\n")
+    (tmp_path / "b.yaml").write_text(f"_BASE_: [c.yaml, ../{tmp_path.name}/a.yaml]\n")
+    (tmp_path / "c.yaml").write_text("VERSION: 2\n")
+    names = [str(tmp_path / name) for name in ("a.yaml", "b.yaml", "a.yaml")]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="is its own _BASE_") as error:
+            CfgNode.load_yaml_with_base(names[0])
+        assert str(error.value) == f"{names[0]!r} is its own _BASE_: {' -> '.join(names)}"
+    (tmp_path / "b.yaml").write_text("_BASE_: [c.yaml, c.yaml]\n")  # twice is no circle
+    assert CfgNode.load_yaml_with_base(names[0]) == {"VERSION": 2}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ _MAX_TEXT, _MAX_STEPS, _MAX_NUMBER, _MAX_EXPONENT = 500, 10_000, 1e9, 64
 
 
 def load_yaml(file: IO[str]) -> Any:
-    """``yaml.safe_load``, and anchor sizes as Detectron2 writes them.
+    """``yaml.safe_load``, tuples, and anchor sizes as Detectron2 writes them.
 
     Its ``Base-RetinaNet.yaml`` has ``!!python/object/apply:eval ["[[x, x * 2**(1.0/3)] for x in
     [32, 64]]"]``. Such lists of numbers are worked out here by arithmetic; nothing is evaluated as
@@ -63,6 +63,10 @@ def _construct_numbers(loader: _PlainLoader, node: yaml.SequenceNode) -> Any:
         raise _refusal(node) from error
 
 
+def _construct_tuple(loader: _PlainLoader, node: yaml.SequenceNode) -> tuple[Any, ...]:
+    return tuple(loader.construct_sequence(node, deep=True))
+
+
 def _construct_shape(loader: _PlainLoader, node: yaml.MappingNode) -> ShapeSpec:
     """The one class of Detectron2 that ``LazyConfig.save`` writes out of its own configs."""
     numbers = loader.construct_mapping(node)
@@ -78,6 +82,7 @@ _PlainLoader.add_constructor(
     "tag:yaml.org,2002:python/object:detectron2.layers.shape_spec.ShapeSpec", _construct_shape
 )
 _PlainLoader.add_constructor(None, _construct_unknown)
+_PlainLoader.add_constructor("tag:yaml.org,2002:python/tuple", _construct_tuple)
 _PlainLoader.add_constructor("tag:yaml.org,2002:python/object/apply:eval", _construct_numbers)
 
 

@@ -3,6 +3,7 @@
 import functools
 import io
 import os
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import IO, Any
 
@@ -27,7 +28,7 @@ def install() -> None:
     - ``DetectionCheckpointer``: :func:`~focal_det.safe_loading.load_checkpoint`.
     - ``CfgNode.merge_from_file`` and ``load_yaml_with_base``, ``_BASE_`` files included, and
       ``LazyConfig.load`` of YAML: :func:`~focal_det.safe_loading.load_yaml`, whatever
-      ``allow_unsafe`` says.
+      ``allow_unsafe`` says. A file that is its own ``_BASE_`` is a ``ValueError``.
     - Proposal files: :func:`~focal_det.safe_loading.load_pickle`.
 
     A ``.py`` LazyConfig is still executed: it is a program. Safe to call more than once. Can go
@@ -65,6 +66,26 @@ def _install_configs() -> None:
             return io.StringIO(yaml.safe_dump(load_yaml(file), sort_keys=False))
 
     CfgNode._open_cfg = classmethod(_open_cfg)
+    _install_check_of_bases()
+
+
+def _install_check_of_bases() -> None:
+    theirs = CfgNode.load_yaml_with_base.__func__
+    # The files that are being read: each is a _BASE_ of the one before.
+    reading: ContextVar[tuple[str, ...]] = ContextVar("reading", default=())
+
+    @functools.wraps(theirs)
+    def load_yaml_with_base(cls: type[CfgNode], filename: str, *args: Any, **kwargs: Any) -> Any:
+        path = os.path.realpath(filename) if isinstance(filename, str) else filename
+        if path in reading.get():
+            raise ValueError(f"{path!r} is its own _BASE_: " + " -> ".join([*reading.get(), path]))
+        token = reading.set((*reading.get(), path))
+        try:
+            return theirs(cls, filename, *args, **kwargs)
+        finally:
+            reading.reset(token)
+
+    CfgNode.load_yaml_with_base = classmethod(load_yaml_with_base)
 
 
 def _install_lazy_configs() -> None:
