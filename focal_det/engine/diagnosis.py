@@ -33,18 +33,18 @@ REASONS: dict[str, Callable[[Report], bool]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """What a forward pass in training saw and gave.
 
     Attributes:
-        batch: N dictionaries in Detectron2's form.
+        batch: N dictionaries in Detectron2's form; whatever the model was given, if it is another.
         losses: 0-d each, without their graph.
         precision: what autocast lowered to; float32 without it.
         loss_scale: what the losses were multiplied by before the backward pass.
     """
 
-    batch: Sequence[dict[str, Any]]
+    batch: Any
     losses: dict[str, Tensor]
     precision: torch.dtype
     loss_scale: float = 1.0
@@ -152,11 +152,15 @@ def describe_failure(module: nn.Module, step: Step, gradients: dict[str, Tensor]
     Returns:
         The report's entries but for those of the training around it. ``term`` is the first loss, or
         else the gradient that the backward pass came to first, None if all is finite. Where the
-        second pass fails, since there may be no memory left, ``not_examined`` is the reason: half a
-        report is better than none.
+        batch has another form than Detectron2's, or the second pass fails, since there may be no
+        memory left, ``not_examined`` is the reason: half a report is better than none.
     """
     trace, not_examined = Trace(), None
-    images = [_describe_image(index, entry) for index, entry in enumerate(step.batch)]
+    images: list[Report] = []
+    try:
+        images = [_describe_image(index, entry) for index, entry in enumerate(step.batch)]
+    except Exception as error:
+        not_examined = f"the batch is no list of dictionaries: {type(error).__name__}: {error}"
     try:
         with undisturbed(module), lowered_to(step.precision, module), trace.of(module):
             module(step.batch)

@@ -8,6 +8,7 @@ from .diagnosis import REASONS, Report, unsound
 
 # Entries of the report, and what they are called in its text.
 LINES = {
+    "forward_pass": "forward pass",
     "losses": "losses",
     "module": "first module with non-finite output for finite input",
     "level": "first level with non-finite predictions",
@@ -72,7 +73,8 @@ def format_report(report: Report) -> str:
     if len(report["ranks"]) > 1:
         keys = ("rank", "term", "value", "folder")
         lines.append(tabulate([[x[key] for key in keys] for x in report["ranks"]], headers=keys))
-    known = {name: report[key] for key, name in LINES.items() if report[key] is not None}
+    # Reports of before an entry was added lack it.
+    known = {name: report[key] for key, name in LINES.items() if report.get(key) is not None}
     lines += [f"{name}: {_show(value)}" for name, value in known.items()]
     for title, rows in (("levels", report["levels"]), ("images", report["images"])):
         if rows:

@@ -4,23 +4,27 @@ Nothing is changed by such a step: neither weights, buffers nor optimizer. What 
 same again is kept in ``OUTPUT_DIR/non_finite/iter_<n>_rank_<r>/``:
 
     report.json    what :func:`~.failure_text.format_report` prints; NaN and infinity are strings
-    batch.pt       the images and labels; :func:`~.plain_batch.from_plain` brings them back
     model.pth      the weights and buffers of before the step
+    batch.pt       the images and labels; :func:`~.plain_batch.from_plain` brings them back
     config.yaml    what the model was built from
 
 and ``python tools/replay.py`` runs it. N images of this process, L feature levels, A anchors per
 location, K foreground classes.
 """
 
+import functools
+import io
 import json
 import logging
 import math
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+import yaml
 from detectron2.engine import HookBase
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils import comm
@@ -28,7 +32,9 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
+from focal_det.files import write_whole
 from focal_det.modeling import LossNormalizer
+from focal_det.safe_loading import UnsafeFileError, load_yaml
 
 from .diagnosis import Report, Step, describe_failure, name_losses, not_finite, number
 from .failure_text import format_report, headline, summary
@@ -46,6 +52,10 @@ class NonFiniteGuard(HookBase):
     that training changes, and one read from the device (of the sum of the losses and the norm of
     the gradient); with several processes also one reduction of these two numbers, so that all stop
     at the same step. Register it in every process.
+
+    A step may have several forward and backward passes, to accumulate gradients; the batches are
+    held until it ends. The one whose losses are not finite is reported and kept, and otherwise the
+    last that the backward pass reached. Passes outside of a step are let be.
 
     With a loss scale, gradients that overflow while the losses are finite are the scaler's affair:
     it skips the step and lowers the scale. They are an alarm once `patience` steps in a row
@@ -86,8 +96,11 @@ class NonFiniteGuard(HookBase):
         self._config_yaml = config_yaml
         self._scale_floor, self._patience = scale_floor, patience
         self._overflows = 0
+        self._overflowed = False  # in this step
+        self._watching = False
         self._queued = False
-        self._step: Step | None = None
+        self._forwards: list[Step] = []  # of this step
+        self._reached: list[Step] = []  # of them, by a backward pass that was not checked yet
         self._buffers: list[tuple[list[Tensor], list[Tensor]]] = []
         self._handles: list[Any] = []
 
@@ -99,41 +112,52 @@ class NonFiniteGuard(HookBase):
         self._buffers = [(group, [x.clone() for x in group]) for group in groups.values()]
         device = next(self._module.parameters()).device
         self._one = torch.ones(1, 1, dtype=torch.float32, device=device)
-        self._handles = [
-            self._module.register_forward_pre_hook(self._before_forward),
-            self._module.register_forward_hook(self._after_forward),
-        ]
+        self._handles = [self._module.register_forward_hook(self._after_forward)]
+
+    def before_step(self) -> None:
+        """Keep the buffers; begin to watch forward passes."""
+        with torch.no_grad():
+            for buffers, kept in self._buffers:
+                torch._foreach_copy_(kept, buffers)
+        if not self._overflowed:
+            self._overflows = 0
+        self._watching, self._queued, self._overflowed = True, False, False
 
     def after_step(self) -> None:
-        """Let go of the batch."""
-        self._step = None
+        """Let go of the batches."""
+        self._watching = False
+        self._forwards, self._reached = [], []
 
     def after_train(self) -> None:
         """Leave the model as it was found."""
+        self.after_step()
         for handle in self._handles:
             handle.remove()
-        self._handles, self._buffers, self._step = [], [], None
-
-    def _before_forward(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if module.training and torch.is_grad_enabled():
-            with torch.no_grad():
-                for buffers, kept in self._buffers:
-                    torch._foreach_copy_(kept, buffers)
+        self._handles, self._buffers = [], []
 
     def _after_forward(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if not (module.training and torch.is_grad_enabled()):
+        if not (self._watching and module.training and torch.is_grad_enabled()):
             return
         losses = name_losses(output)
         with torch.no_grad():  # autocast tells by what it does, alike on all devices and versions
             precision = torch.mm(self._one, self._one).dtype
         detached = {name: loss.detach() for name, loss in losses.items()}
-        self._step = Step(inputs[0], detached, precision)
-        self._queued = False
+        step = Step(inputs[0] if inputs else None, detached, precision)
+        self._forwards.append(step)
+        # What is left of a backward pass that failed.
+        self._queued, self._reached = False, []
+        # Weakly, for who keeps a loss is not to keep its batch.
+        on_backward = functools.partial(self._on_backward, weakref.ref(step))
         for loss in losses.values():
             if loss.requires_grad:
-                loss.register_hook(self._on_backward)
+                loss.register_hook(on_backward)
 
-    def _on_backward(self, gradient: Tensor) -> None:
+    def _on_backward(self, reference: weakref.ref[Step], gradient: Tensor) -> None:
+        step = reference()
+        if step is None:  # of a step that is over
+            return
+        if step not in self._reached:
+            self._reached.append(step)
         if not self._queued:
             self._queued = True
             # Twice, to come after DistributedDataParallel, which queues its own in between.
@@ -142,16 +166,13 @@ class NonFiniteGuard(HookBase):
 
     @torch.no_grad()
     def _check(self) -> None:
-        self._queued = False
-        assert self._step is not None
-        losses = torch.stack([loss.float().sum() for loss in self._step.losses.values()])
+        self._queued, reached, self._reached = False, self._reached, []
+        losses = torch.stack([x.float().sum() for step in reached for x in step.losses.values()])
         values = torch.stack([losses.sum(), self._gradient_norm().to(losses)])
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(values)
-        if all(math.isfinite(value) for value in values.tolist()):
-            self._overflows = 0
-        else:
-            self._look_closer(self._step)
+        if not all(math.isfinite(value) for value in values.tolist()):
+            self._look_closer(sorted(reached, key=self._forwards.index))
 
     def _gradient_norm(self) -> Tensor:
         groups = self._optimizer.param_groups
@@ -161,28 +182,44 @@ class NonFiniteGuard(HookBase):
         norms = [norm.to(self._one) for norm in torch._foreach_norm(gradients)]
         return torch.linalg.vector_norm(torch.stack(norms))
 
-    def _look_closer(self, step: Step) -> None:
-        """Stop training, unless the norm alone is too large for its type or a scale explains it."""
+    def _look_closer(self, steps: Sequence[Step]) -> None:
+        """Stop training, unless the norm alone is too large for its type or a scale explains it.
+
+        Args:
+            steps: the forward passes that the backward pass reached, in their order; not empty.
+        """
         optimized = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         gradients = {
             name: parameter.grad
             for name, parameter in self._module.named_parameters()
             if id(parameter) in optimized and parameter.grad is not None
         }
-        found = (not_finite(step.losses), not_finite(gradients))
+        bad = [step for step in steps if not_finite(step.losses)]
+        found = (bool(bad), bool(not_finite(gradients)))
         in_losses, in_gradients = map(any, zip(*comm.all_gather(found), strict=True))
         if in_losses or (in_gradients and not self._is_overflow()):
-            self._stop(step, gradients)
+            step = bad[0] if bad else steps[-1]
+            known = bool(bad) or len(steps) == 1
+            self._stop(step, gradients, self._name_forward(step, known))
 
     def _is_overflow(self) -> bool:
         """Whether the loss scale may be why gradients are not finite; counts how often it was."""
         if self._grad_scaler is None or not self._grad_scaler.is_enabled():
             return False
-        at_floor = self._grad_scaler.get_scale() <= self._scale_floor
-        self._overflows = self._overflows + 1 if at_floor else 0
+        if not self._overflowed:  # a step counts once, however many backward passes it has
+            at_floor = self._grad_scaler.get_scale() <= self._scale_floor
+            self._overflows = self._overflows + 1 if at_floor else 0
+        self._overflowed = True
         return self._overflows < self._patience
 
-    def _stop(self, step: Step, gradients: dict[str, Tensor]) -> None:
+    def _name_forward(self, step: Step, known: bool) -> str | None:
+        """Which of the forward passes so far it is, None if it is the only one."""
+        if len(self._forwards) == 1:
+            return None
+        number = f"number {self._forwards.index(step) + 1} of {len(self._forwards)} in this step"
+        return number if known else f"{number}; which of them gave the gradient is not known"
+
+    def _stop(self, step: Step, gradients: dict[str, Tensor], forward_pass: str | None) -> None:
         normalizer = getattr(self._module, "normalizer", None)
         divisor = normalizer.value.item() if isinstance(normalizer, LossNormalizer) else None
         for buffers, kept in self._buffers:
@@ -196,6 +233,7 @@ class NonFiniteGuard(HookBase):
             "seed": torch.initial_seed(),
             "learning_rates": sorted({float(g["lr"]) for g in self._optimizer.param_groups}),
             "loss_scale": step.loss_scale,
+            "forward_pass": forward_pass,
             "precision": str(step.precision).removeprefix("torch."),
             "normalizer": number(divisor),
             **describe_failure(self._module, step, gradients),
@@ -207,23 +245,55 @@ class NonFiniteGuard(HookBase):
         logger.error(format_report(report))
         # A process that ends takes the others with it, however far they are.
         comm.synchronize()
-        raise FloatingPointError(f"{headline(report)}. No weight was changed. {saved}")
+        which = "" if forward_pass is None else f"Forward pass: {forward_pass}. "
+        raise FloatingPointError(f"{headline(report)}. {which}No weight was changed. {saved}")
 
-    def _save(self, folder: Path, report: Report, batch: Sequence[dict[str, Any]]) -> str:
+    def _save(self, folder: Path, report: Report, batch: Any) -> str:
         """Write the folder's files; a sentence that says where, or why there are none."""
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+
+        def as_json(file: IO[bytes]) -> None:
             text = json.dumps(report, indent=2, allow_nan=False, default=str)
-            (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-            (folder / "config.yaml").write_text(self._config_yaml, encoding="utf-8")
-            torch.save(to_plain(batch), folder / "batch.pt")
-            torch.save({"model": self._module.state_dict()}, folder / "model.pth")
-        except Exception as error:  # whatever a full disk or an odd batch raises: named below
-            return f"Not all of it could be kept in {folder}: {type(error).__name__}: {error}"
-        return (
-            f"Report, batch and weights are in {folder}: `python tools/replay.py {folder}` runs "
-            "that step again."
-        )
+            file.write(f"{text}\n".encode())
+
+        contents: dict[str, Callable[[IO[bytes]], object]] = {
+            "report.json": as_json,
+            "config.yaml": lambda file: file.write(self._config_yaml.encode()),
+            "model.pth": lambda file: torch.save({"model": self._module.state_dict()}, file),
+            "batch.pt": lambda file: torch.save(to_plain(batch), file),
+        }
+        lost = []
+        for name, write in contents.items():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_whole(folder / name, write)
+            except Exception as error:  # whatever a full disk or an odd batch raises: named below
+                lost.append(f"{name}: {type(error).__name__}: {error}")
+        if lost:
+            return f"Not all of it could be kept in {folder}: {'; '.join(lost)}"
+        command, unfit = f"python tools/replay.py {folder}", self._why_unfit()
+        if unfit:
+            return (
+                f"Report, batch and weights are in {folder}. The config that is kept there cannot "
+                f"be replayed as it is ({unfit}): `{command} --config-file FILE`, with the file "
+                "that this training was started with, runs that step again."
+            )
+        return f"Report, batch and weights are in {folder}: `{command}` runs that step again."
+
+    def _why_unfit(self) -> str:
+        """Why ``tools/replay.py`` cannot build the model from the config's text; empty if it can.
+
+        YAML does not hold each class, function or dtype that a LazyConfig may have for a value,
+        and what it holds of them is not plain data.
+        """
+        if not self._config_yaml.strip():
+            return "it is empty, for YAML cannot hold it"
+        try:
+            load_yaml(io.StringIO(self._config_yaml))
+        except UnsafeFileError as error:
+            return str(error)
+        except yaml.YAMLError as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
 
 
 def _changing_buffers(module: nn.Module) -> list[Tensor]:

@@ -18,7 +18,8 @@ def to_plain(value: Any) -> Any:
 
     Args:
         value: a batch, or a part of it. Instances become their image size and fields; fields and
-            entries of kinds that cannot be told in this way (polygons of masks) are left out.
+            entries of kinds that cannot be told in this way (polygons of masks, arrays of text,
+            objects or dates) are left out.
 
     Returns:
         Tensors are copies on the CPU.
@@ -31,20 +32,42 @@ def to_plain(value: Any) -> Any:
         return {"kind": type(value).__name__, "tensor": to_plain(value.tensor)}
     if isinstance(value, Tensor):
         return value.detach().cpu().clone()
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value.copy())
+    if isinstance(value, np.ndarray) and _has_plain_form(value):
+        # A copy, in the machine's own byte order, which alone PyTorch knows.
+        return torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
     if isinstance(value, np.generic):
-        return value.item()
+        value = value.item()
     if isinstance(value, dict):
-        return {k: to_plain(v) for k, v in value.items() if _has_plain_form(v)}
+        return {_plain(k): to_plain(v) for k, v in value.items() if _has_plain_form(v)}
     if isinstance(value, list | tuple):
         return [to_plain(v) for v in value if _has_plain_form(v)]
-    return value if isinstance(value, PLAIN) else str(value)
+    return _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """A value as one of the types of `PLAIN` itself: an Enum may be a number, and is a class."""
+    for kind in (bool, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    return value if type(value) in PLAIN else str(value)
 
 
 def _has_plain_form(value: Any) -> bool:
-    kinds = (Instances, Tensor, np.ndarray, np.generic, dict, list, tuple, Path, *PLAIN)
+    if isinstance(value, np.ndarray):
+        return _is_known(value.dtype)
+    kinds = (Instances, Tensor, np.generic, dict, list, tuple, Path, *PLAIN)
     return isinstance(value, kinds) or type(value).__name__ in STRUCTURES
+
+
+def _is_known(dtype: np.dtype[Any]) -> bool:
+    """Whether PyTorch has tensors of a kind of arrays, as it has not of text and dates."""
+    if dtype.kind not in "biufc":
+        return False
+    try:
+        torch.from_numpy(np.empty(0, dtype.newbyteorder("=")))
+    except TypeError:  # numbers of 128 bits; uint16 before PyTorch 2.3
+        return False
+    return True
 
 
 def from_plain(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """What is not finite is named before a weight changes, kept, and seen again by tools/replay.py."""
 
 import copy
+import gc
 import importlib.util
 import json
 import logging
@@ -8,16 +9,17 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.config import LazyCall as L
 from detectron2.engine import SimpleTrainer, hooks
 from detectron2.modeling import build_model
-from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, PolygonMasks
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -25,6 +27,7 @@ import focal_det
 from focal_det.engine import diagnosis, failure_text
 from focal_det.engine.guard import NonFiniteGuard
 from focal_det.engine.plain_batch import from_plain, to_plain
+from focal_det.engine.trainer import _as_yaml
 
 NAN, INF = float("nan"), float("inf")
 
@@ -415,7 +418,7 @@ def test_a_report_that_cannot_be_kept_is_printed_all_the_same(batches, tmp_path,
     data[0][0]["image"][0] = NAN
     run = Training(Tiny(), data, tmp_path)
     assert "Not all of it could be kept in" in run.error
-    assert "NotADirectoryError" in run.error
+    assert "batch.pt: NotADirectoryError" in run.error
     assert "loss_a is nan at iteration 0" in caplog.text
 
 
@@ -484,6 +487,7 @@ def test_a_pass_without_gradients_before_the_backward_pass_is_let_be(batches, tm
     tiny = Tiny()
     watch = NonFiniteGuard(tiny, torch.optim.SGD(tiny.parameters(), lr=0.01), tmp_path)
     watch.before_train()
+    watch.before_step()
     losses = tiny(good)
     with torch.no_grad():
         tiny(broken)
@@ -509,6 +513,7 @@ def test_a_healthy_step_reads_once_from_the_device(batches, tmp_path, monkeypatc
     optimizer = torch.optim.SGD(tiny.parameters(), lr=0.01)
     watch = NonFiniteGuard(tiny, optimizer, tmp_path)
     watch.before_train()
+    watch.before_step()
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
         method = getattr(torch.Tensor, name)
 
@@ -537,6 +542,176 @@ def test_losses_differentiated_one_by_one_are_watched(batches, tmp_path):
     trainer.register_hooks([NonFiniteGuard(tiny, optimizer, tmp_path)])
     with pytest.raises(FloatingPointError, match="gradient of weight is nan at iteration 0"):
         trainer.train(0, 1)
+
+
+class Accumulating(SimpleTrainer):
+    """Three forward passes a step, with a backward pass of each or of their sum."""
+
+    def __init__(self, *args, of_each, scaler=None):
+        super().__init__(*args)
+        self.of_each = of_each
+        self.scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+
+    def run_step(self):
+        self.optimizer.zero_grad()
+        total = 0
+        for _ in range(3):
+            loss = sum(self.model(next(self._data_loader_iter)).values()) / 3
+            if self.of_each:
+                self.scaler.scale(loss).backward()
+            else:
+                total = total + loss
+        if not self.of_each:
+            self.scaler.scale(total).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+def accumulate(model, data, folder, of_each, extra=(), **options):
+    """Train; the message of what stopped it, None if nothing did."""
+    folder.mkdir(exist_ok=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    scaler = options.get("grad_scaler")
+    trainer = Accumulating(model, data, optimizer, of_each=of_each, scaler=scaler)
+    trainer.register_hooks([NonFiniteGuard(model, optimizer, folder, **options), *extra])
+    try:
+        trainer.train(0, len(data) // 3)
+    except FloatingPointError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(("of_each", "number"), [(True, "2 of 2"), (False, "2 of 3")])
+def test_of_several_forward_passes_the_one_with_the_bad_loss_is_kept(
+    model, cfg, batches, tmp_path, replay, of_each, number
+):
+    data = batches(6)
+    for index, batch in enumerate(data):
+        batch[0]["file_name"] = f"{index}.png"
+    data[4][0]["image"][0, 3, 4] = NAN
+    states = []
+
+    class Note(hooks.HookBase):
+        def before_step(self):
+            states.append(state_of(model))
+
+    error = accumulate(model, data, tmp_path, of_each, [Note()], config_yaml=cfg.dump())
+    assert "loss_cls is nan at iteration 1; first image: 4.png (image_id 70), whose" in error
+    assert f"Forward pass: number {number} in this step. No weight was changed" in error
+    # Buffers too are those of before the step, and not of before the last forward pass.
+    assert_same(state_of(model), states[1])
+    folder = tmp_path / "non_finite" / "iter_1_rank_0"
+    assert torch.load(folder / "batch.pt", weights_only=True)[0]["file_name"] == "4.png"
+    assert run_tool(replay, folder) == 1
+
+
+@pytest.mark.parametrize("of_each", [True, False])
+def test_of_several_forward_passes_a_gradient_blames_what_is_known(batches, tmp_path, of_each):
+    data, calls, tiny = batches(3), [], Tiny()
+    tiny.weight.register_hook(
+        lambda g: calls.append(1) or (g * NAN if len(calls) == 2 or not of_each else g)
+    )
+    error = accumulate(tiny, data, tmp_path, of_each)
+    doubt = "; which of them gave the gradient is not known"
+    number = "number 2 of 2 in this step" if of_each else f"number 3 of 3 in this step{doubt}"
+    assert f"Forward pass: {number}. No weight was changed" in error
+    kept = torch.load(tmp_path / "non_finite/iter_0_rank_0/batch.pt", weights_only=True)
+    assert torch.equal(kept[0]["image"], data[1 if of_each else 2][0]["image"])
+
+
+def test_a_step_that_overflows_counts_once_whichever_backward_pass_does(batches, tmp_path):
+    tiny, calls = Tiny(), []
+    # The last backward pass of each step overflows, the others are finite.
+    tiny.weight.register_hook(lambda g: calls.append(1) or (g if len(calls) % 3 else g * NAN))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    error = accumulate(tiny, batches(30), tmp_path, True, grad_scaler=scaler)
+    assert error is not None
+    assert len(calls) == 15  # patience is 5 steps
+    calls.clear()
+    always = Tiny()
+    always.weight.register_hook(lambda g: calls.append(1) or g * NAN)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    error = accumulate(always, batches(30), tmp_path / "b", True, grad_scaler=scaler)
+    assert error is not None
+    assert len(calls) == 13  # the first of the fifth step
+
+
+def test_batches_are_held_for_their_step_alone(batches, tmp_path):
+    class Entry(dict):
+        """What a weak reference can be made to."""
+
+    kept, alive, seen = [], [], []
+
+    class Keep(Tiny):
+        def forward(self, batch):
+            losses = super().forward(batch)
+            kept.append(losses)  # as who adds them up for a log, and forgets to detach them
+            return losses
+
+    def data():
+        for entry, *_ in batches(6):
+            entry = Entry(entry)
+            seen.append(weakref.ref(entry))
+            yield [entry]
+
+    class Count(hooks.HookBase):
+        def before_step(self):
+            gc.collect()
+            alive.append(sum(x() is not None for x in seen))
+
+    tiny = Keep()
+    optimizer = torch.optim.SGD(tiny.parameters(), lr=1e-4)
+    trainer = Accumulating(tiny, data(), optimizer, of_each=True)
+    trainer.register_hooks([NonFiniteGuard(tiny, optimizer, tmp_path), Count()])
+    trainer.train(0, 2)
+    assert alive == [0, 1]  # the generator holds the last
+
+
+def test_a_forward_pass_that_is_no_part_of_the_step_is_let_be(batches, tmp_path):
+    (broken,) = batches(1)
+    broken[0]["image"][0] = NAN
+    tiny = Tiny()
+
+    class Probe(hooks.HookBase):
+        def before_step(self):
+            tiny(broken)  # without a backward pass
+
+        def after_step(self):
+            torch.autograd.grad(sum(tiny(broken).values()), list(tiny.parameters()))
+
+    error = accumulate(tiny, batches(6), tmp_path, True, [Probe()])
+    assert error is None
+
+
+class OfTensors(Tiny):
+    """Takes a tensor for a batch."""
+
+    def forward(self, images):
+        return {"loss_a": (self.weight * images.mean(dim=(0, 2, 3))).sum()}
+
+
+def test_a_batch_of_another_form_is_reported_and_kept(tmp_path):
+    run = Training(OfTensors(), [torch.full((2, 3, 4, 4), NAN)], tmp_path)
+    run.check_nothing_changed()
+    report = run.report(0)
+    assert (report["term"], report["images"]) == ("loss_a", [])
+    assert report["not_examined"].startswith("the batch is no list of dictionaries: ")
+    kept = torch.load(tmp_path / "non_finite/iter_0_rank_0/batch.pt", weights_only=True)
+    assert kept.shape == (2, 3, 4, 4)
+
+
+class ByName(Tiny):
+    def forward(self, *, batch):
+        return super().forward(batch)
+
+
+def test_a_batch_that_is_given_by_name_does_not_disturb(batches, tmp_path):
+    (batch,) = batches(1)
+    tiny = ByName()
+    watch = NonFiniteGuard(tiny, torch.optim.SGD(tiny.parameters(), lr=0.01), tmp_path)
+    watch.before_train()
+    watch.before_step()
+    sum(tiny(batch=batch).values()).backward()
 
 
 @pytest.mark.parametrize(("key", "value"), [("scale_floor", 0.0), ("patience", 0)])
@@ -658,6 +833,42 @@ def test_a_batch_is_kept_without_classes_of_anyone(tmp_path, batches):
     assert torch.equal(found.gt_classes, instances.gt_classes)
     assert torch.equal(found.gt_bitmasks.tensor, instances.gt_bitmasks.tensor)
     assert not found.has("gt_masks")
+
+
+def test_odd_arrays_are_left_out_and_lose_nothing_else(tmp_path, batches):
+    data = batches(1)
+    data[0][0]["image"][0] = NAN
+    data[0][0].update(
+        names=np.array(["cat", "dog"]),
+        objects=np.array([None, 1], dtype=object),
+        dates=np.array(["2020-01-01"], dtype="datetime64[D]"),
+        day=np.datetime64("2020-01-01"),
+        wide=np.ones(2, dtype=np.longdouble),
+        big_endian=np.array([[1, 2]], dtype=">f4"),
+        mask=np.ones((2, 2), bool)[:, ::-1],
+        mode=BoxMode.XYWH_ABS,
+    )
+    data[0][0][np.int64(7)] = "seven"
+    Training(Tiny(), data, tmp_path)
+    folder = tmp_path / "non_finite" / "iter_0_rank_0"
+    kept = torch.load(folder / "batch.pt", weights_only=True)[0]
+    assert not kept.keys() & {"names", "objects", "dates"}
+    assert kept["big_endian"].tolist() == [[1, 2]]
+    assert kept["mask"].all()
+    assert (kept["mode"], kept["day"], kept["7"]) == (1, "2020-01-01", "seven")
+
+
+def test_what_fails_to_be_kept_loses_nothing_else(tmp_path, batches, monkeypatch):
+    def fail(batch):
+        raise TypeError("an odd batch")
+
+    monkeypatch.setattr("focal_det.engine.guard.to_plain", fail)
+    data = batches(1)
+    data[0][0]["image"][0] = NAN
+    run = Training(Tiny(), data, tmp_path)
+    assert "iter_0_rank_0: batch.pt: TypeError: an odd batch" in run.error
+    kept = sorted(x.name for x in (tmp_path / "non_finite" / "iter_0_rank_0").iterdir())
+    assert kept == ["config.yaml", "model.pth", "report.json"]
 
 
 # tools/replay.py
