@@ -7,15 +7,21 @@ and prints the report anew, with the gradient of each loss, of each image by its
 parameters. Parts of your own are found as in training, by FOCAL_DET_PLUGINS. Several processes
 average their gradients; here is one alone, so run the folder of the rank that the report blames.
 
-Exit status: 1 if something is not finite again, 0 if all is finite, 2 if the folder is of no use.
+A LazyConfig may hold what a kept config cannot (classes, functions, dtypes). Then name the file
+that the training was started with, and what it was overridden with:
+
+    python tools/replay.py FOLDER --config-file my.py model.num_classes=3
+
+Exit status: 1 if something is not finite again, 0 if all is finite, 2 if that could not be tried.
 """
 
 import argparse
+import contextlib
 import json
-import re
 import sys
+import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +33,14 @@ with warnings.catch_warnings():
 import torch
 from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_model
+from omegaconf import OmegaConf
 from tabulate import tabulate
 from torch import Tensor, nn
 
 from focal_det.config import add_config
 from focal_det.plugins import load_plugins
 from focal_det.safe_loading import install as load_files_safely
+from focal_det.safe_loading import load_named_tensors, load_torch, load_yaml
 
 FILES = ("report.json", "config.yaml", "batch.pt", "model.pth")
 ROWS = 15  # of the table of parameters
@@ -45,43 +53,87 @@ def main() -> int:
     )
     parser.add_argument("folder", type=Path, help="OUTPUT_DIR/non_finite/iter_<n>_rank_<r>")
     parser.add_argument("--device", help="cpu, cuda, ...; the config's, or the CPU without a GPU")
-    args = parser.parse_args()
-    missing = [name for name in FILES if not (args.folder / name).is_file()]
+    parser.add_argument("--config-file", type=Path, help="in place of the config in the folder")
+    parser.add_argument("opts", nargs="*", help="overrides of the config, as in training")
+    args = parser.parse_intermixed_args()
+    if args.device and not is_here(args.device):
+        parser.error(f"--device {args.device} is not on this machine")
+    config = args.config_file or args.folder / "config.yaml"
+    files = [args.folder / name for name in FILES if args.config_file is None or name != FILES[1]]
+    missing = [path.name for path in files if not path.is_file()]
     if missing:
         parser.error(f"{args.folder} has no {', '.join(missing)}: name a folder of non_finite/")
-    if not (args.folder / "config.yaml").read_text(encoding="utf-8").strip():
-        parser.error(
-            f"{args.folder / 'config.yaml'} is empty: put the config of that training there"
-        )
-    report = json.loads((args.folder / "report.json").read_text(encoding="utf-8"))
-    model = load_model(args.folder, args.device)
-    batch = plain_batch.from_plain(torch.load(args.folder / "batch.pt", weights_only=True))
-    return replay(model, batch, report)
+    if not config.is_file():
+        parser.error(f"--config-file must name a .yaml or .py file, got {str(config)!r}")
+    if not config.read_text(encoding="utf-8").strip():
+        parser.error(f"{config} is empty: name the config of that training with --config-file")
+    with refusing(parser, args.folder / "report.json"):
+        report = json.loads((args.folder / "report.json").read_text(encoding="utf-8"))
+        failure_text.headline(report)
+        getattr(torch, report["precision"]), float(report["loss_scale"])
+    with refusing(parser, args.folder / "batch.pt"):
+        batch = plain_batch.from_plain(load_torch(str(args.folder / "batch.pt")))
+    with refusing(parser, config, "Parts of your own must be named by FOCAL_DET_PLUGINS."):
+        model = build(config, args.device, args.opts)
+    with refusing(parser, args.folder / "model.pth"):
+        model.load_state_dict(load_named_tensors(str(args.folder / "model.pth"))["model"])
+    try:
+        return replay(model.train(), batch, report)
+    except Exception:  # 1, with which Python would end, says that it is not finite again
+        traceback.print_exc()
+        return 2
 
 
-def load_model(folder: Path, device: str | None) -> nn.Module:
-    """The model of a YAML or LazyConfig file, in training mode, with the folder's weights.
+@contextlib.contextmanager
+def refusing(parser: argparse.ArgumentParser, path: Path, hint: str = "") -> Iterator[None]:
+    """End with status 2, naming the file, if reading it raises."""
+    try:
+        yield
+    except Exception as error:  # a damaged file, or a class of the user's, may raise anything
+        parser.error(f"{path} cannot be used: {type(error).__name__}: {error}. {hint}".rstrip())
+
+
+def build(path: Path, device: str | None, overrides: Sequence[str] = ()) -> nn.Module:
+    """The model of a YAML or LazyConfig file.
 
     Args:
-        folder: with ``config.yaml`` and ``model.pth``.
+        path: the config.
         device: where to put it; None for the config's, if this machine has it.
+        overrides: of the config, in the form of its kind.
     """
-    path = folder / "config.yaml"
-    if re.search(r"^MODEL:", path.read_text(encoding="utf-8"), re.MULTILINE):
+    load_plugins()
+    load_files_safely()
+    if is_detectron2_yaml(path):
         cfg = get_cfg()
         add_config(cfg)
         cfg.set_new_allowed(True)  # keys of the user's own script
         cfg.merge_from_file(str(path))
+        cfg.merge_from_list(list(overrides))
         cfg.MODEL.DEVICE = usable(device or cfg.MODEL.DEVICE)
         model: nn.Module = build_model(cfg)
-    else:
-        load_plugins()
-        load_files_safely()
-        lazy = LazyConfig.load(str(path))
-        model = instantiate(lazy.model).to(usable(device or lazy.train.device))
-    state = torch.load(folder / "model.pth", map_location="cpu", weights_only=True)
-    model.load_state_dict(state["model"])
-    return model.train()
+        return model
+    lazy = LazyConfig.apply_overrides(LazyConfig.load(str(path)), list(overrides))
+    place = device or OmegaConf.select(lazy, "train.device", default="cpu")
+    lazy_model: nn.Module = instantiate(lazy.model).to(usable(place))
+    return lazy_model
+
+
+def is_detectron2_yaml(path: Path) -> bool:
+    """Whether it is a YAML config with Detectron2's keys, and no LazyConfig."""
+    if path.suffix == ".py":
+        return False
+    with path.open(encoding="utf-8") as file:
+        keys = load_yaml(file)
+    return "MODEL" in keys or "_BASE_" in keys
+
+
+def is_here(device: str) -> bool:
+    """Whether this machine has a device."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):  # AssertionError: PyTorch was built without it
+        return False
+    return True
 
 
 def usable(device: str) -> str:
@@ -119,7 +171,8 @@ def replay(model: nn.Module, batch: Sequence[dict[str, Any]], report: diagnosis.
         "gradient of each loss",
         [{"loss": name, **describe(x, scale)} for name, x in by_loss.items()],
     )
-    print_table("gradient of each image by itself", describe_images(model, step))
+    if found["images"]:  # of a batch in Detectron2's form
+        print_table("gradient of each image by itself", describe_images(model, step))
     print_table("gradient of each parameter", describe_parameters(total, scale, found))
     return 1
 

@@ -927,7 +927,9 @@ def test_replay_gives_the_very_losses_of_the_step(model, cfg, batches, tmp_path,
     run = Training(model, batches(1), tmp_path, cfg=cfg)
     report = run.report(0)
     folder = tmp_path / "non_finite" / "iter_0_rank_0"
-    again = replay.load_model(folder, None)
+    again = replay.build(folder / "config.yaml", None)
+    again.load_state_dict(torch.load(folder / "model.pth", weights_only=True)["model"])
+    again.train()
     batch = from_plain(torch.load(folder / "batch.pt", weights_only=True))
     with diagnosis.undisturbed(again):
         losses = replay.forward(again, batch, torch.float32)
@@ -1000,17 +1002,114 @@ def test_replay_scales_the_loss_as_in_training(batches, tmp_path, replay):
     assert run_tool(replay, folder) == 0
 
 
+class LazyActing(Tiny):
+    """Takes a class, which a config that is kept cannot hold as plain data."""
+
+    def __init__(self, act, size=3):
+        super().__init__(size)
+        self.act = act()
+
+
+LAZY_ACTING = """
+from detectron2.config import LazyCall as L
+from torch import nn
+from {module} import LazyActing
+model = L(LazyActing)(act=nn.Identity, size=5)
+train = dict(device="cpu")
+"""
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_replay_takes_the_config_that_cannot_be_kept(batches, tmp_path, replay, capsys, empty):
+    file = tmp_path / "my.py"
+    file.write_text(LAZY_ACTING.format(module=__name__))
+    overrides = ["model.size=3"]
+    config = LazyConfig.apply_overrides(LazyConfig.load(str(file)), overrides)
+    data = batches(1)
+    data[0][0]["image"][0] = NAN
+    model = instantiate(config.model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    trainer = SimpleTrainer(model, data, optimizer)
+    text = "" if empty else _as_yaml(config)
+    trainer.register_hooks([NonFiniteGuard(model, optimizer, tmp_path, config_yaml=text)])
+    with pytest.raises(FloatingPointError) as error:
+        trainer.train(0, 1)
+    why = "it is empty" if empty else "line 1 has the tag '!!python/name:torch.nn.modules.linear.I"
+    assert "cannot be replayed as it is (" in str(error.value)
+    assert why in str(error.value)
+    folder = tmp_path / "non_finite" / "iter_0_rank_0"
+    assert f"`python tools/replay.py {folder} --config-file FILE`" in str(error.value)
+    assert run_tool(replay, folder) == 2
+    assert "config.yaml " + ("is empty" if empty else "cannot be used") in capsys.readouterr().err
+    assert run_tool(replay, folder, "--config-file", str(file), *overrides) == 1
+    assert run_tool(replay, folder, *overrides, "--config-file", str(file), "--device", "cpu") == 1
+    capsys.readouterr()
+    assert run_tool(replay, folder, "--config-file", str(file)) == 2
+    assert f"{folder / 'model.pth'} cannot be used: RuntimeError: Err" in capsys.readouterr().err
+
+
+def test_replay_takes_a_yaml_config_in_place_of_the_kept_one(stopped, replay, root):
+    config = root / "configs" / "demo" / "focal_retinanet_digits.yaml"
+    (stopped / "config.yaml").unlink()
+    assert run_tool(replay, stopped, "--config-file", str(config)) == 1
+
+
+def cut(folder, name):
+    """Keep the first half of a file."""
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 2])
+
+
+def unregister(folder):
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("NAME: FocalLoss\n", "NAME: MyLoss\n"))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda folder: (folder / "batch.pt").unlink(), "has no batch.pt: name a folder of non_"),
-        (lambda folder: (folder / "config.yaml").write_text(""), "config.yaml is empty: put the"),
+        (lambda folder: (folder / "config.yaml").write_text(""), "config.yaml is empty: name the"),
+        (lambda folder: (folder / "report.json").write_text("{}"), "report.json cannot be used: K"),
+        (lambda folder: cut(folder, "report.json"), "report.json cannot be used: JSONDecodeError"),
+        (lambda folder: cut(folder, "batch.pt"), "batch.pt cannot be used: ValueError: '"),
+        (lambda folder: cut(folder, "model.pth"), "model.pth cannot be used: ValueError: '"),
+        (
+            lambda folder: torch.save({"x": np.ones(1)}, folder / "batch.pt"),
+            "batch.pt cannot be used: UnsafeFileError",
+        ),
+        (
+            lambda folder: torch.save([torch.nn.Linear(1, 1)], folder / "model.pth"),
+            "model.pth cannot be used: UnsafeFileError",
+        ),
+        (
+            lambda folder: (folder / "config.yaml").write_text("MODEL: {A: ["),
+            "config.yaml cannot be used: ParserError",
+        ),
+        (unregister, "'MyLoss', which is not one of"),
+        (unregister, "Parts of your own must be named by FOCAL_DET_PLUGINS"),
     ],
 )
-def test_replay_names_what_is_missing(stopped, replay, capsys, spoil, message):
+def test_replay_names_what_is_missing_or_damaged(stopped, replay, capsys, spoil, message):
     spoil(stopped)
     assert run_tool(replay, stopped) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert str(stopped) in error
+    assert message in error
+
+
+def test_replay_refuses_a_device_that_is_not_there(stopped, replay, capsys):
+    for device in ("cuda:99", "no_such"):
+        assert run_tool(replay, stopped, "--device", device) == 2
+        assert f"--device {device} is not on this machine" in capsys.readouterr().err
+
+
+def test_replay_that_fails_does_not_say_that_it_is_not_finite_again(stopped, replay, capsys):
+    batch = torch.load(stopped / "batch.pt", weights_only=True)
+    del batch[0]["image"]
+    torch.save(batch, stopped / "batch.pt")
+    assert run_tool(replay, stopped) == 2
+    assert "KeyError" in capsys.readouterr().err
 
 
 # Several processes
