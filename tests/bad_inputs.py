@@ -6,6 +6,7 @@ docs/bad_inputs.json, which is made by
     python tests/bad_inputs.py
 """
 
+import argparse
 import contextlib
 import functools
 import importlib.util
@@ -42,7 +43,7 @@ from focal_det.data import DigitsClutterSpec, generate, register_from_env
 from focal_det.data.guarded import BadImageError, GuardedMapper
 from focal_det.engine.checkpoint import Checkpointer
 from focal_det.losses import LOSS_REGISTRY, FocalLoss, OHEMLoss
-from focal_det.safe_loading import UnsafeFileError
+from focal_det.safe_loading import UnsafeFileError, convert
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTCOMES = ROOT / "docs" / "bad_inputs.json"
@@ -864,6 +865,36 @@ add(
     raises=ValueError,
 )
 
+
+def merged(text: str) -> Callable[[Path], str]:
+    """An attempt: merge a config file of this text."""
+
+    def attempt(folder: Path) -> str:
+        cfg = get_cfg()
+        focal_det.add_config(cfg)
+        (folder / "a.yaml").write_text(text)
+        cfg.merge_from_file(str(folder / "a.yaml"))
+        return "merged"
+
+    return attempt
+
+
+for input, text, raises, says in (
+    (
+        "a file that names itself as `_BASE_`",
+        "_BASE_: a.yaml",
+        ValueError,
+        "'DIR/a.yaml' is its own _BASE_: DIR/a.yaml -> DIR/a.yaml",
+    ),
+    (
+        "a file with a tag of Python's",
+        'OUTPUT_DIR: !!python/object/apply:os.system ["ls"]',
+        UnsafeFileError,
+        "'DIR/a.yaml' is refused: line 1 has the tag '!!python/object/apply:os.system'",
+    ),
+):
+    add(CONFIG, input, merged(text), says, raises=raises)
+
 # --------------------------------------------------------------------------------------------------
 # Environment and command line
 
@@ -982,6 +1013,55 @@ for name, arguments, says in (
         says,
     )
 
+STEP = {
+    "iteration": 7, "rank": 0, "world_size": 1, "precision": "float32", "loss_scale": 1.0,
+    "ranks": [{"rank": 0, "term": "loss_cls", "value": "nan", "losses": ["loss_cls"],
+               "image": None}],
+}  # fmt: skip
+"""As much of a report as tools/replay.py asks for before it builds the model."""
+
+
+def replayed(*arguments: str, **files: str) -> Callable[[Path], str]:
+    """An attempt: tools/replay.py on a kept step, of which some files have another text."""
+
+    def attempt(folder: Path) -> str:
+        (folder / "report.json").write_text(files.get("report", json.dumps(STEP)))
+        (folder / "config.yaml").write_text(files.get("config", DIGITS.read_text()))
+        torch.save([], folder / "batch.pt")
+        torch.save({"model": {}}, folder / "model.pth")
+        if "batch" in files:
+            (folder / "batch.pt").write_text(files["batch"])
+        return typed("replay", str(folder), *arguments)(folder)
+
+    return attempt
+
+
+REPLAY = "Kept step (`tools/replay.py`)"
+for input, attempt, says in (
+    (
+        "half of report.json",
+        replayed(report=json.dumps(STEP)[:50]),
+        "DIR/report.json cannot be used: JSONDecodeError",
+    ),
+    (
+        "the first bytes of batch.pt",
+        replayed(batch="PK\x03\x04"),
+        "DIR/batch.pt cannot be used: ValueError: 'DIR/batch.pt' cannot be read: it is damaged",
+    ),
+    ("an empty config.yaml", replayed(config=""), "DIR/config.yaml is empty: name the config of"),
+    (
+        "a loss that no plugin registers",
+        replayed(config="MODEL: {META_ARCHITECTURE: FocalRetinaNet, FOCAL_DET: {LOSS: {NAME: A}}}"),
+        "Parts of your own must be named by FOCAL_DET_PLUGINS",
+    ),
+    (
+        "`--device cuda:99`",
+        replayed("--device", "cuda:99"),
+        "--device cuda:99 is not on this machine",
+    ),
+):
+    add(REPLAY, input, attempt, "exit status 2: ", says)
+
 DIGITS_AREA = "Embedded data set"
 for input, attempt, raises, says in (
     (
@@ -1088,6 +1168,43 @@ for input, name, write, raises, says in (
     ),
 ):
     add(CHECKPOINT, input, loaded(name, write), says, raises=raises)
+
+
+for input, content in (
+    ("a .pth with arrays", {"model": {"weight": np.zeros((2, 4), np.float32)}}),
+    ("a .pth with a training's arguments", {"state_dict": {}, "args": argparse.Namespace()}),
+):
+    add(
+        CHECKPOINT,
+        input,
+        loaded("a.pth", lambda path, content=content: torch.save(content, path)),
+        "'DIR/a.pth' is refused: it contains ",
+        "python -m focal_det.safe_loading.convert DIR/a.pth OUT.pth --trust",
+        raises=UnsafeFileError,
+    )
+
+
+def converted(folder: Path) -> str:
+    """The command that converts, typed without saying that the author is trusted."""
+    path = folder / "a.pkl"
+    path.write_bytes(pickle.dumps({"model": Payload(folder / "ran")}))
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            convert.main([str(path), str(folder / "OUT.pth")])
+    except SystemExit as stopped:
+        assert not (folder / "ran").exists(), "the payload was run"
+        return f"exit status {stopped.code}: {errors.getvalue().split('error: ')[-1].strip()}"
+    return "converted"
+
+
+add(
+    CHECKPOINT,
+    "converted without `--trust`",
+    converted,
+    "exit status 2: ",
+    "'DIR/a.pkl' would be executed, with all that its author put into it: add --trust",
+)
 
 
 def other_shape(folder: Path) -> str:

@@ -73,7 +73,7 @@ def main() -> int:
         getattr(torch, report["precision"]), float(report["loss_scale"])
     with refusing(parser, args.folder / "batch.pt"):
         batch = plain_batch.from_plain(load_torch(str(args.folder / "batch.pt")))
-    with refusing(parser, config, "Parts of your own must be named by FOCAL_DET_PLUGINS."):
+    with refusing(parser, config, ". Parts of your own must be named by FOCAL_DET_PLUGINS"):
         model = build(config, args.device, args.opts)
     with refusing(parser, args.folder / "model.pth"):
         model.load_state_dict(load_named_tensors(str(args.folder / "model.pth"))["model"])
@@ -90,7 +90,7 @@ def refusing(parser: argparse.ArgumentParser, path: Path, hint: str = "") -> Ite
     try:
         yield
     except Exception as error:  # a damaged file, or a class of the user's, may raise anything
-        parser.error(f"{path} cannot be used: {type(error).__name__}: {error}. {hint}".rstrip())
+        parser.error(f"{path} cannot be used: {type(error).__name__}: {error}{hint}")
 
 
 def build(path: Path, device: str | None, overrides: Sequence[str] = ()) -> nn.Module:
