@@ -425,6 +425,12 @@ def rotated(folder: Path) -> None:
     Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "a.png", format="JPEG", exif=exif)
 
 
+def sixteen_bits(folder: Path) -> None:
+    """A grey image of 16 bits, as microscopes and medical scanners make them."""
+    pixels = np.full((HEIGHT, WIDTH), 4095, dtype=np.uint16)
+    Image.fromarray(pixels).save(folder / "a.png")
+
+
 def folder_instead(folder: Path) -> None:
     """A folder of the image's name."""
     (folder / "a.png").unlink()
@@ -457,6 +463,7 @@ for input, kind, files, says in (
         "the file is 32 x 48 (width x height, after its EXIF rotation), the annotation says "
         "48 x 32",
     ),
+    ("grey of 16 bits", "deep-pixels", sixteen_bits, "go up to 4095, and all above 255 become"),
 ):
     add(
         PICTURE, input, checked(kind, files=files), f"{ERROR}{kind}: image 'DIR/a.png' (id 11): ",

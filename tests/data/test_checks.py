@@ -14,6 +14,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.data.detection_utils import read_image
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, BoxMode, pairwise_iou
@@ -678,6 +679,35 @@ def test_every_mode_of_image_is_read(tmp_path, mode):
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     Image.new(mode, (48, 32)).save(path)
     assert checks.check_image(record(file_name=str(path))) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "brightest"),
+    [
+        (np.uint16, 65535),
+        (np.uint16, 256),
+        (np.uint16, 255),
+        (np.int32, 70000),
+        (np.float32, 255.5),
+        (np.float32, 1.0),
+    ],
+)
+def test_pixels_that_training_makes_white_are_found(tmp_path, values, brightest):
+    pixels = np.zeros((32, 48), dtype=values)
+    pixels[3, 4] = brightest
+    if values is np.float32:
+        pixels[5, 6] = NAN
+    path = tmp_path / ("a.png" if values is np.uint16 else "a.tif")
+    Image.fromarray(pixels).save(path)
+    entry = record(file_name=str(path))
+    white = int((read_image(str(path), "BGR")[3, 4] == 255).all() and brightest != 255)
+    found = checks.check_image(entry)
+    assert len(found) == white == int(brightest > 255)
+    for each in found:
+        assert (each.kind, each.severity) == ("deep-pixels", checks.ERROR)
+        assert f"pixels of mode {Image.open(path).mode!r} go up to {brightest:g}, " in each.message
+    (*others, last) = checks.check_image({**entry, "width": 9})
+    assert (others, last.kind) == (found, "size-mismatch")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -39,6 +39,7 @@ KINDS = {
     "empty-file": Kind(ERROR, "training stops at this image"),
     "unreadable-image": Kind(ERROR, "training stops at this image"),
     "size-mismatch": Kind(ERROR, "training stops at this image"),
+    "deep-pixels": Kind(ERROR, "values above 255 become white: training reads 8 bits a channel"),
     "size-fields": Kind(ERROR, "height or width is no number of pixels"),
     "box-format": Kind(ERROR, "bbox is not a list of as many numbers as bbox_mode wants"),
     "box-mode": Kind(ERROR, "Detectron2 cannot convert boxes of this mode"),

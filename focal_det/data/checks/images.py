@@ -4,11 +4,15 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 from detectron2.data import detection_utils as utils
 from detectron2.utils.file_io import PathManager
+from PIL import Image
 
 from .findings import Finding
 from .records import image_size, of_image, record_problem
+
+DEEP_MODES = ("I", "F")  # Pillow's modes of more than 8 bits, "I;16" and its like included
 
 
 def check_images(records: Sequence[Any], jobs: int = 1) -> Iterator[list[Finding]]:
@@ -40,19 +44,32 @@ def check_image(record: Any) -> list[Finding]:
         with PathManager.open(file_name, "rb") as file:
             if not file.read(1):
                 return [of_image("empty-file", "the file is empty", record)]
-        image = utils.read_image(file_name, format="BGR")
+            file.seek(0)
+            image = Image.open(file)
+            mode = image.mode
+            brightest = 0.0
+            if mode.startswith(DEEP_MODES):
+                brightest = float(np.fmax.reduce(np.asarray(image), axis=None))  # NaN apart
+        pixels = utils.read_image(file_name, format="BGR")
     except FileNotFoundError:
         return [of_image("missing-file", "there is no such file", record)]
     except Exception as error:  # decoders raise anything at all on broken files; reported
         return [of_image("unreadable-image", f"{type(error).__name__}: {error}", record)]
+    findings = []
+    if brightest > 255:
+        message = (
+            f"pixels of mode {mode!r} go up to {brightest:g}, and all above 255 become white: "
+            "scale the file to 8 bits"
+        )
+        findings.append(of_image("deep-pixels", message, record))
     if ("height" in record or "width" in record) and image_size(record) is None:
-        return []  # left to check_records
+        return findings  # left to check_records
     try:
-        utils.check_image_size(record, image)
+        utils.check_image_size(record, pixels)
     except utils.SizeMismatchError:
         message = (
-            f"the file is {image.shape[1]} x {image.shape[0]} (width x height, after its EXIF "
+            f"the file is {pixels.shape[1]} x {pixels.shape[0]} (width x height, after its EXIF "
             f"rotation), the annotation says {record['width']!r} x {record['height']!r}"
         )
-        return [of_image("size-mismatch", message, record)]
-    return []
+        findings.append(of_image("size-mismatch", message, record))
+    return findings
