@@ -505,6 +505,7 @@ def test_without_the_size_of_its_image_a_box_is_nowhere_outside():
     ("value", "num_classes", "good"),
     [
         (0, 3, True), (2, 3, True), (np.int64(2), 3, True), (7, None, True),
+        (999_999, None, True), (10**6, None, False), (2**70, None, False),
         (3, 3, False), (-1, 3, False), (-1, None, False), (1.0, 3, False), ("1", 3, False),
         (True, 3, False), (None, 3, False), ([1], 3, False),
     ],
@@ -513,7 +514,7 @@ def test_classes_are_whole_numbers_below_k(value, num_classes, good):
     problem = checks.class_problem({"category_id": value}, num_classes)
     assert (problem is None) == good
     if problem is not None:
-        allowed = "0..2" if num_classes else "a whole number, 0 or more"
+        allowed = "0..2" if num_classes else "0..999999"
         assert problem == (
             "class-out-of-range", f"category_id is {value!r}, allowed is {allowed}"
         )  # fmt: skip
@@ -788,11 +789,26 @@ def test_counts(tmp_path):
         "box_size": {"5%": 4.0, "25%": 4.0, "50%": 4.0, "75%": 6.0, "95%": 7.6},
         "box_aspect": {"5%": 0.33, "25%": 0.62, "50%": 1.0, "75%": 2.5, "95%": 3.7},
     }
-    assert checks.count_objects(kept, entries)["objects_per_class"] == {"0": 2, "1": 0, "2": 1}
+    assert checks.count_objects(kept, entries)["objects_per_class"] == {"0": 2, "2": 1}
     same_names = checks.count_objects(kept, entries, ["a", ["b"], "a"])
     assert same_names["objects_per_class"] == {"a (0)": 2, "['b']": 0, "a (2)": 1}
     empty = checks.count_objects([], [])
     assert (empty["objects"], empty["box_size"], empty["objects_per_class"]) == (0, {}, {})
+
+
+@pytest.mark.parametrize("index", [20_000, 10**9, 2**70])
+def test_class_indices_of_any_size_are_counted_or_found(index):
+    """Where the names of the classes are not known, an index may be an id of some data base."""
+    entry = record([1, 2, 4, 4], [20, 2, 4, 4], [20, 2, 4, 4])
+    entry["annotations"][0]["category_id"] = index
+    too_large = index >= checks.MOST_CLASSES
+    expected = [("near-duplicate-box", "#2")]
+    if too_large:
+        expected.insert(0, ("class-out-of-range", "#0"))
+    assert [(x.kind, x.annotation) for x in checks.check_records([entry])] == expected
+    kept = checks.usable_objects([entry])
+    counts = checks.count_objects(kept, [entry])["objects_per_class"]
+    assert counts == ({"0": 2} if too_large else {"0": 2, str(index): 1})
 
 
 # --------------------------------------------------------------------------------------------------

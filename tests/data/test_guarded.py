@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -155,8 +156,10 @@ def test_what_training_leaves_out_anyhow_is_no_reason_to_stop(records, fields, l
 def test_without_num_classes_only_what_is_no_class_is_wrong(records):
     guarded = GuardedMapper(make_mapper())
     assert len(guarded(wrong(records[0], category_id=999))["instances"]) == 1
-    with pytest.raises(BadImageError, match="category_id is -1, allowed is a whole number"):
-        guarded(wrong(records[0], category_id=-1))
+    for wrong_class in (-1, 10**6):
+        says = f"category_id is {wrong_class}, allowed is 0..999999"
+        with pytest.raises(BadImageError, match=re.escape(says)):
+            guarded(wrong(records[0], category_id=wrong_class))
 
 
 def test_labels_do_not_matter_for_inference(records):

@@ -9,12 +9,13 @@ from .coco import parse_coco, read_coco
 from .findings import ERROR, KINDS, WARNING, Finding, Kind
 from .images import check_image, check_images
 from .objects import Objects, count_objects, usable_objects
-from .records import box_problem, check_records, class_problem
+from .records import MOST_CLASSES, box_problem, check_records, class_problem
 from .registered import Dataset, read_dataset
 
 __all__ = [
     "ERROR",
     "KINDS",
+    "MOST_CLASSES",
     "WARNING",
     "AnchorSetup",
     "Dataset",

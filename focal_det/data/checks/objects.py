@@ -3,6 +3,7 @@
 Letters: M objects of one image.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -73,7 +74,7 @@ def count_objects(
     Args:
         images: of :func:`usable_objects`.
         records: all that there are.
-        classes: names of the classes, None for their indices.
+        classes: names of the classes, None for the indices of those that occur.
 
     Returns:
         Counts of ``images``, ``images_without_objects``, ``objects``, ``crowds`` and
@@ -81,22 +82,26 @@ def count_objects(
         (square root of the area, pixels of the file) and ``box_aspect`` (height / width).
     """
     boxes = _joined(images)
-    indices = [index for image in images for index in image.classes]
-    count = max(indices, default=-1) + 1 if classes is None else len(classes)
-    names = list(map(str, range(count) if classes is None else classes))
-    # Two classes of one name keep their counts apart.
-    names = [f"{x} ({i})" if names.count(x) > 1 else x for i, x in enumerate(names)]
-    per_class = np.bincount(np.array(indices, dtype=np.int64), minlength=count).tolist()
+    counts = Counter(index for image in images for index in image.classes)
+    if classes is None:
+        per_class = {str(index): counts[index] for index in sorted(counts)}
+    else:
+        times = Counter(map(str, classes))
+        # Two classes of one name keep their counts apart.
+        per_class = {
+            f"{name} ({index})" if times[str(name)] > 1 else str(name): counts[index]
+            for index, name in enumerate(classes)
+        }
     per_image = torch.tensor([float(len(image.classes)) for image in images])
     well_formed = [record for record in records if record_problem(record) is None]
     return {
         "images": len(records),
         "images_without_objects": sum(not image.classes for image in images),
-        "objects": len(indices),
+        "objects": counts.total(),
         "crowds": sum(
             not is_object(x) for record in well_formed for x in record.get("annotations", ())
         ),
-        "objects_per_class": dict(zip(names, per_class, strict=True)),
+        "objects_per_class": per_class,
         "objects_per_image": _quantiles(per_image),
         "box_size": _quantiles(Boxes(boxes).area().sqrt()),
         "box_aspect": _quantiles((boxes[:, 3] - boxes[:, 1]) / (boxes[:, 2] - boxes[:, 0])),

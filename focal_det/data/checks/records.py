@@ -22,6 +22,7 @@ NEAR_DUPLICATE_IOU = 0.95
 SLACK = 1.0  # pixels that a box may stand out of its image: annotators round
 SMALLEST_SIDE = 1e-5  # pixels; Detectron2's mapper drops what is not larger
 LARGEST_IMAGE = 1_000_000  # pixels a side
+MOST_CLASSES = 1_000_000  # where their number is not known
 
 
 def check_records(
@@ -31,7 +32,7 @@ def check_records(
 
     Args:
         records: Detectron2's dictionaries.
-        num_classes: K; None for not known, then only negative classes are out of range.
+        num_classes: K; None for not known, then classes may be below :data:`MOST_CLASSES`.
         image_root: folder that the files must be in; None for anywhere.
     """
     findings: list[Finding] = []
@@ -181,10 +182,10 @@ def class_problem(
     """
     value: Any = annotation.get("category_id")
     is_index = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if is_index and value >= 0 and (num_classes is None or value < num_classes):
+    last = (MOST_CLASSES if num_classes is None else num_classes) - 1
+    if is_index and 0 <= value <= last:
         return None
-    allowed = "a whole number, 0 or more" if num_classes is None else f"0..{num_classes - 1}"
-    return "class-out-of-range", f"category_id is {value!r}, allowed is {allowed}"
+    return "class-out-of-range", f"category_id is {value!r}, allowed is 0..{last}"
 
 
 def corners(values: Sequence[float], mode: int) -> list[float]:
