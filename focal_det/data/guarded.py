@@ -9,9 +9,10 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from detectron2.data import DatasetMapper
 from torch import Tensor
 
-from .checks import box_problem, class_problem
+from .checks import MOST_CLASSES, box_problem, class_problem
 
 # Below Detectron2's logger, whose handlers every Detectron2 script sets up.
 logger = logging.getLogger(f"detectron2.{__name__}")
@@ -32,10 +33,12 @@ class BadLabelError(ValueError):
 class GuardedMapper:
     """Wraps a dataset mapper: what fails is named by file and id, or left out and counted.
 
-    An image is bad if the mapper raises an exception, if a box of it is malformed, not finite or of
-    negative size (Detectron2's own mapper leaves such objects out without a word), if the mapper
-    gives out a box that is not finite or has no area, or a class that is out of range. Objects
-    without an area and those outside of the image are left out by Detectron2's mapper as ever.
+    An image is bad if the mapper raises an exception or gives out a box that is not finite or has
+    no area, or a class that is out of range. Detectron2's ``DatasetMapper`` leaves objects out
+    without a word: with it an image is bad, too, if a box of its record is malformed, not finite or
+    of negative size. Objects without an area and those outside of the image it leaves out as ever.
+    Of any other mapper, a subclass included, only what it gives out is looked at, since it may
+    leave out what it cannot use and number the classes anew.
 
     Copies in data workers, forked or spawned, count together with the mapper that was made first;
     each process of a training on several GPUs makes its own.
@@ -87,7 +90,8 @@ class GuardedMapper:
         Raises:
             BadImageError: a bad image, where they are not to be skipped; or too many in a row.
         """
-        annotations = record.get("annotations") or ()  # before the mapper takes them out
+        takes_raw = type(self.mapper) is DatasetMapper
+        annotations = (record.get("annotations") or ()) if takes_raw else ()
         try:
             sample = self.mapper(record)
             self._check_labels(annotations, sample)
@@ -120,7 +124,7 @@ class GuardedMapper:
         """Raise BadLabelError for the first bad object, before or behind the mapper.
 
         Args:
-            annotations: of the record.
+            annotations: of the record, where they are to be looked at.
             sample: of the mapper; one without ground-truth boxes (for inference) is let pass.
         """
         instances = sample.get("instances") if isinstance(sample, dict) else None
@@ -138,13 +142,12 @@ class GuardedMapper:
         if bad.any():
             box = boxes[bad][0].tolist()
             raise BadLabelError(f"the mapper gives a box that is not finite or has no area: {box}")
-        if self.num_classes is not None and instances.has("gt_classes"):
+        if instances.has("gt_classes"):
+            last = (MOST_CLASSES if self.num_classes is None else self.num_classes) - 1
             classes: Tensor = instances.gt_classes
-            out = classes[(classes < 0) | (classes >= self.num_classes)].tolist()
+            out = classes[(classes < 0) | (classes > last)].tolist()
             if out:
-                raise BadLabelError(
-                    f"the mapper gives the class {out[0]}, allowed is 0..{self.num_classes - 1}"
-                )
+                raise BadLabelError(f"the mapper gives the class {out[0]}, allowed is 0..{last}")
 
 
 class _Tally:

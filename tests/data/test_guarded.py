@@ -204,13 +204,38 @@ def test_what_comes_out_of_a_mapper_is_looked_at_too(records, boxes, classes, me
     assert message in str(error.value)
 
 
+def test_a_negative_class_is_none_however_many_there_are(records):
+    with pytest.raises(BadImageError, match=r"gives the class -1, allowed is 0\.\."):
+        GuardedMapper(from_mapper([[1, 2, 3, 4]], [-1]))(records[0])
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_of_a_mapper_of_ones_own_only_what_it_gives_out_counts(records, policy):
+    """It may number the classes anew and leave out objects that it cannot use."""
+
+    class Own(DatasetMapper):
+        def __call__(self, record):
+            record = copy.deepcopy(record)
+            usable = [x for x in record["annotations"] if x["bbox"][2] > 0]
+            record["annotations"] = [{**x, "category_id": x["category_id"] - 17} for x in usable]
+            return super().__call__(record)
+
+    inner = Own(True, augmentations=[], image_format="BGR")
+    record = wrong(records[0], category_id=18)
+    record["annotations"].append({**record["annotations"][0], "bbox": [9, 2, -3, 4]})
+    for mapper in (inner, lambda record: inner(record)):
+        guarded = GuardedMapper(mapper, policy, num_classes=2)
+        assert guarded(record)["instances"].gt_classes.tolist() == [1]
+        assert guarded.skipped == {}
+
+
 def test_mappers_that_take_the_annotations_out_of_the_record(records):
     def mapper(record):
         record.pop("annotations")
-        return from_mapper([[1, 2, 3, 4]])(record)
+        return from_mapper([[1, 2, 3, NAN]])(record)
 
-    with pytest.raises(BadImageError, match="negative width"):
-        GuardedMapper(mapper)(wrong(records[0], bbox=[9, 2, -3, 4]))
+    with pytest.raises(BadImageError, match="gives a box that is not finite"):
+        GuardedMapper(mapper)(records[0])
 
 
 @pytest.mark.parametrize("sample", [None, (1, 2), {"image": 1}])
