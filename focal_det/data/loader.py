@@ -135,7 +135,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[Record], Any] | None = No
     parts = build._train_loader_from_config(cfg, mapper=mapper, sampler=_NoSampler())
     dataset = _packed(parts.pop("dataset"))
     if isinstance(dataset, IterableDataset):
-        return _not_exact(build.build_detection_train_loader(cfg, mapper=mapper))
+        return _not_exact(build.build_detection_train_loader(cfg, mapper=mapper), mapper)
 
     def make_sampler() -> Sampler[int]:
         made = build._train_loader_from_config(cfg, mapper=mapper, dataset=dataset)
@@ -163,6 +163,7 @@ def build_lazy_train_loader(
     collate_fn: Callable[[list[Any]], Any] | None = None,
     seed: int = -1,
     on_bad_image: str = STOP,
+    num_classes: int | None = None,
     **options: Any,
 ) -> Any:
     """A :class:`TrainLoader` from the arguments of ``build_detection_train_loader``.
@@ -173,9 +174,10 @@ def build_lazy_train_loader(
             draw a seed of their own if they are given none.
         seed: negative for one that is drawn for all processes.
         on_bad_image: what becomes of images that cannot be used; see :class:`GuardedMapper`.
+        num_classes: K, for the range of the classes; None for not known.
         options: of PyTorch's ``DataLoader``.
     """
-    mapper = GuardedMapper(mapper, on_bad_image)
+    mapper = GuardedMapper(mapper, on_bad_image, num_classes)
     if isinstance(dataset, IterableDataset):
         loader = build.build_detection_train_loader(
             dataset,
@@ -186,7 +188,7 @@ def build_lazy_train_loader(
             collate_fn=collate_fn,
             **options,
         )
-        return _not_exact(loader)
+        return _not_exact(loader, mapper)
     if sampler is not None and seed < 0:
         logger.warning(
             "dataloader.train.sampler may draw another order when the run is resumed: set "
@@ -294,7 +296,8 @@ def _packed(dataset: Any) -> Any:
     return DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
 
 
-def _not_exact(loader: Any) -> Any:
+def _not_exact(loader: Any, mapper: GuardedMapper) -> Any:
+    loader.mapper = mapper  # where ReportSkipped looks for it
     logger.warning(
         "the training data set is an iterable, which has no positions: a resumed run will begin "
         "it anew"

@@ -302,6 +302,7 @@ def _train_lazy(cfg: DictConfig, model: nn.Module, resume: bool, allow_changes: 
     if _detectron2_loads(cfg.dataloader.train):
         cfg.dataloader.train._target_ = build_lazy_train_loader
         cfg.dataloader.train.seed = cfg.train.get("seed", -1)
+        cfg.dataloader.train.num_classes = OmegaConf.select(cfg, "model.num_classes")
     loader = instantiate(cfg.dataloader.train)
     model = defaults.create_ddp_model(model, **cfg.train.ddp)
     trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)

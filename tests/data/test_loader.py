@@ -1,20 +1,36 @@
 """Training batches that depend on a seed and their number alone."""
 
+import itertools
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
-from torch.utils.data import Sampler
+from detectron2.utils.events import EventStorage
+from torch.utils.data import IterableDataset, Sampler
 
-from focal_det.data.loader import TrainLoader, build_lazy_train_loader, seeded
+from focal_det import add_config
+from focal_det.data.guarded import BadImageError
+from focal_det.data.loader import (
+    TrainLoader,
+    build_lazy_train_loader,
+    build_train_loader,
+    seeded,
+)
+from focal_det.engine.skipped import ReportSkipped
 
 RECORDS = [
     {"file_name": f"{i}.png", "image_id": i, "width": 10 + 10 * (i % 3), "height": 20}
     for i in range(11)
 ]
+
+BOX, CLASS = Boxes(torch.tensor([[1.0, 2.0, 3.0, 4.0]])), torch.tensor([2])
 
 
 def draw(record):
@@ -149,6 +165,60 @@ def test_from_the_arguments_of_detectron2s_function():
     assert drawn[0] == drawn[1]
     with pytest.raises(ValueError, match=r"IMS_PER_BATCH .*is 0; .*multiple of their number, 1"):
         build_lazy_train_loader(RECORDS, mapper=draw, total_batch_size=0)
+
+
+class Stream(IterableDataset):
+    """Images without end, every third of which is broken."""
+
+    def __iter__(self):
+        for number in itertools.count():
+            yield {**RECORDS[number % len(RECORDS)], "image_id": number}
+
+
+def break_some(record):
+    if record["image_id"] % 3 == 0:
+        raise OSError("broken")
+    return record
+
+
+@pytest.mark.parametrize("grouping", [False, True])
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_of_a_stream_images_are_skipped_and_counted_too(monkeypatch, grouping, workers, lazy):
+    """Detectron2's own loader reads it."""
+    stream = Stream()
+    if lazy:
+        common = {"total_batch_size": 2, "num_workers": workers, "on_bad_image": "skip"}
+        loader = build_lazy_train_loader(
+            stream, mapper=break_some, aspect_ratio_grouping=grouping, **common
+        )
+    else:
+        monkeypatch.setitem(DatasetCatalog.data, "stream", lambda: stream)
+        cfg = get_cfg()
+        add_config(cfg)
+        cfg.DATASETS.TRAIN, cfg.SOLVER.IMS_PER_BATCH = ("stream",), 2
+        cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.ON_BAD_IMAGE = workers, "skip"
+        cfg.DATALOADER.ASPECT_RATIO_GROUPING = grouping
+        loader = build_train_loader(cfg, break_some)
+    batches = iter(loader)
+    for _ in range(4):
+        assert all(x["image_id"] % 3 for x in next(batches))
+    hook = ReportSkipped(loader)
+    hook.trainer = SimpleNamespace(iter=0, max_iter=1, storage=EventStorage())
+    hook.after_step()
+    assert hook.trainer.storage.latest()["skipped_images"][0] >= 4
+
+
+def test_a_class_out_of_range_is_named_with_a_lazy_config_too():
+    loader = build_lazy_train_loader(
+        [{**RECORDS[0], "annotations": []}],
+        mapper=lambda record: {"instances": Instances((1, 1), gt_boxes=BOX, gt_classes=CLASS)},
+        total_batch_size=1,
+        num_classes=2,
+        seed=1,
+    )
+    with pytest.raises(BadImageError, match=r"'0\.png' .* gives the class 2, allowed is 0\.\.1"):
+        take(loader, 1)
 
 
 def test_the_place_may_be_said_after_the_iterator_is_made():
