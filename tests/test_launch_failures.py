@@ -154,6 +154,20 @@ def test_an_image_that_cannot_be_read_ends_all_workers(squares: Path) -> None:
     job.wait_until_none_is_left(timeout=30)
 
 
+@pytest.mark.slow
+def test_images_that_any_process_skips_are_counted(squares: Path) -> None:
+    """Of 16 images that two processes read, each fourth is broken."""
+    (squares / "2.png").write_text("no image")
+    job = start(
+        squares, "out", "SOLVER.MAX_ITER", 4, "SOLVER.IMS_PER_BATCH", 4,
+        "DATALOADER.NUM_WORKERS", 0, "DATALOADER.ON_BAD_IMAGE", "skip", "DATASETS.TEST", "()",
+        flags=["--num-gpus", 2, "--dist-url", "auto"],
+    )  # fmt: skip
+    assert job.wait(timeout=180) == 0, job.output
+    assert last_step(squares / "out")["skipped_images"] >= 4
+    assert re.search(r"were skipped: \d+ x UnidentifiedImageError", job.output)
+
+
 def test_two_machines_train_as_one(squares: Path) -> None:
     machines = start_machines(squares, "SOLVER.MAX_ITER", 3, "DATALOADER.NUM_WORKERS", 0)
     for machine in machines:
