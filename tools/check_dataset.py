@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import os
 import sys
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", ".*torch.jit.script.*")
     import focal_det
 
+import yaml
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 from tabulate import tabulate
@@ -45,7 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = examine(args)
     print_report(report, args.show)
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         save(report, args.json)
         print(f"\nWritten: {args.json}")
     return 1 if report["errors"] else 0
@@ -224,9 +225,17 @@ def check(args: argparse.Namespace) -> None:
     """
     cfg = get_cfg()
     focal_det.add_config(cfg)
+    if args.config_file.endswith(".py"):
+        raise ValueError(
+            f"--config-file must name a YAML file, not a LazyConfig, got {args.config_file!r}"
+        )
     if not Path(args.config_file).is_file():
         raise ValueError(f"--config-file must name a YAML file, got {args.config_file!r}")
-    cfg.merge_from_file(args.config_file)
+    try:
+        cfg.merge_from_file(args.config_file)
+    except (AttributeError, RecursionError, TypeError, yaml.YAMLError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"--config-file {args.config_file!r} is no config: {problem}") from error
     cfg.merge_from_list(args.opts)
     args.anchors = checks.anchor_setup(cfg)
     if args.name not in DatasetCatalog:
@@ -237,6 +246,24 @@ def check(args: argparse.Namespace) -> None:
             f"{'near it are' if near else 'there are'} {known}. Sets of your own: "
             "FOCAL_DET_DATASETS=name:annotations.json:image_dir"
         )
+    if args.json is not None:
+        check_writable(args.json)
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of a file, and see that the file can be written into it.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"--json {str(path)!r} cannot be written: {error}") from error
 
 
 if __name__ == "__main__":

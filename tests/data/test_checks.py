@@ -1162,6 +1162,7 @@ def test_options_change_the_anchors(run):
         (["digits_cluter_val"], "near it are digits_clutter_val, digits_clutter_train. Sets of"),
         (["qqqq"], "there are "),
         (["shapes", "--config-file", "no.yaml"], "must name a YAML file, got 'no.yaml'"),
+        (["shapes", "--config-file", __file__], "must name a YAML file, not a LazyConfig, got"),
         (["shapes", "--jobs", "0"], "--jobs and --assign must be 1 or more"),
         (["shapes", "--assign", "0"], "--jobs and --assign must be 1 or more"),
         (["shapes", "--show", "-1"], "--show 0 or more"),
@@ -1176,6 +1177,42 @@ def test_a_command_line_that_cannot_be_carried_out(tool, register, capsys, optio
         tool.main(options)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a: [1", "ParserError: while parsing"),
+        ("- a", "AttributeError: "),
+        ("", "TypeError: "),
+        ("MODEL: 3", "TypeError: "),
+        ("_BASE_: mine.yaml", "RecursionError: "),
+    ],
+)
+def test_a_config_file_that_is_none(tool, register, folder, capsys, text, problem):
+    register(clean_content())
+    (folder / "mine.yaml").write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        tool.main(["shapes", "--config-file", str(folder / "mine.yaml")])
+    assert stopped.value.code == 2
+    assert f"mine.yaml' is no config: {problem}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("place", "problem"),
+    [("a.png/out.json", "File exists"), ("a.png/b/out.json", "Not a directory"), (".", "a folder")],
+)
+def test_a_place_where_nothing_can_be_written_is_found_first(
+    tool, register, folder, capsys, monkeypatch, place, problem
+):
+    monkeypatch.setattr(tool, "examine", pytest.fail)
+    register(clean_content())
+    with pytest.raises(SystemExit) as stopped:
+        tool.main(["shapes", "--json", str(folder / place)])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "--json '" in error
+    assert problem in error
 
 
 def test_the_embedded_set_is_clean_but_for_images_without_objects(tool, root, tmp_path, capsys,
