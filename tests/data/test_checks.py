@@ -983,11 +983,11 @@ def test_sizes_that_are_stated_twice_and_ratios_of_any_number(digits_cfg):
 
 
 @pytest.mark.parametrize("key", ["SIZES", "ASPECT_RATIOS"])
-@pytest.mark.parametrize("values", [[[10], [0], [30]], [[-1.0]], [[10, NAN]], [0.0, 1.0]])
+@pytest.mark.parametrize("values", [[[10], [0]], [[-1.0]], [[10, NAN]], [0.0, 1.0], []])
 def test_anchors_without_an_area_are_refused(digits_cfg, key, values):
     cfg = digits_cfg.clone()
     cfg.MODEL.ANCHOR_GENERATOR[key] = values
-    with pytest.raises(ValueError, match=rf"MODEL\.ANCHOR_GENERATOR\.{key} must be above 0, got"):
+    with pytest.raises(ValueError, match=rf"ANCHOR_GENERATOR\.{key} must be numbers above 0"):
         checks.anchor_setup(cfg)
 
 
