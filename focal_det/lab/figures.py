@@ -173,7 +173,9 @@ def upper_hull(points: Iterable[tuple[float, float]]) -> list[tuple[float, float
         Corners by rising time; no line between two of them has a point above it.
     """
     hull: list[tuple[float, float]] = []
-    for point in sorted(points):
+    for point in sorted(points, key=lambda point: (point[0], -point[1])):
+        if hull and hull[-1][0] == point[0]:
+            continue  # as slow as the last and no better
         while len(hull) > 1 and _turn(hull[-2], hull[-1], point) >= 0:
             hull.pop()
         hull.append(point)

@@ -26,11 +26,12 @@ def summarise(table: Table, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
         found: records of :func:`focal_det.lab.running.run_trial`; those of other rows are left out.
 
     Returns:
-        ``table``, ``title``, ``source``; ``rows`` with ``label``, ``seeds``, ``diverged`` (how
-        many), ``paper``, ``rank`` and ``paper_rank``, ``inference_ms``, and for each of ``AP``,
-        ``AP50``, ... ``mean``, ``sd`` (of the sample, None for one seed), ``values`` by seed;
-        ``kendall_tau`` with the paper's order, None for fewer than two rows to compare;
-        ``winner``, a label or None, and ``verdict``, why; ``commits``, ``devices``, ``iterations``.
+        ``table``, ``title``, ``source``; ``rows`` with ``label``, ``overrides``, ``seeds``,
+        ``diverged`` (how many), ``paper``, ``rank``, ``paper_rank``, ``inference_ms`` and
+        ``metrics``: for each of ``AP``, ``AP50``, ... ``mean``, ``sd`` (of the sample, None for one
+        seed) and ``values`` by seed; ``kendall_tau`` with the paper's order, None for fewer than
+        two rows to compare; ``winner``, a label or None, and ``verdict``, why; ``commits``,
+        ``devices``, ``iterations``, ``data``.
     """
     by_label: dict[str, list[dict[str, Any]]] = {row.label: [] for row in table.rows}
     for record in found:
@@ -42,6 +43,7 @@ def summarise(table: Table, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
         rows.append(
             {
                 "label": row.label,
+                "overrides": row.overrides,
                 "seeds": [record["seed"] for record in of_row],
                 "diverged": sum(record["error"] is not None for record in of_row),
                 "paper": row.paper,

@@ -12,7 +12,8 @@ import math
 import numbers
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,7 @@ from focal_det.kernels import (
     check_implementation,
     elementwise_terms,
     sum_terms,
+    sum_terms_per_anchor,
 )
 
 __all__ = [
@@ -154,6 +156,9 @@ class ClassificationLoss(nn.Module, ABC):
     needs_boxes: bool = False
     """Whether :meth:`per_image` wants the predicted boxes, which cost a decoding."""
 
+    report: Mapping[str, Tensor] = MappingProxyType({})
+    """Scalars of the last call of :meth:`per_image`, 0-d, by the name they are logged under."""
+
     config_node: ClassVar[str] = ""
     """Node under ``MODEL.FOCAL_DET``; empty for the class name in upper snake case."""
 
@@ -204,6 +209,18 @@ class ClassificationLoss(nn.Module, ABC):
         Returns:
             The sums, (N,) each. Inputs are not checked here: :meth:`forward` does.
         """
+
+    def per_anchor(self, logits: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor | None:
+        """The loss of each anchor summed over classes, for reports.
+
+        Args:
+            logits, labels: see :meth:`per_image`.
+
+        Returns:
+            (N, R) without a gradient, 0 for ignored anchors; None where the loss is no sum over
+            anchors.
+        """
+        return None
 
     def use(self, impl: str) -> Self:
         """Choose how the loss is computed; see :data:`focal_det.kernels.IMPLEMENTATIONS`.
@@ -344,6 +361,15 @@ class ElementwiseLoss(ClassificationLoss):
             sum_terms(terms, x, y, weights, impl) for x, y in zip(logits, labels, strict=True)
         ]
         return LossSums(*(torch.stack(sums).sum(0) for sums in zip(*levels, strict=True)))
+
+    @torch.no_grad()
+    def per_anchor(self, logits: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor | None:
+        """See :meth:`ClassificationLoss.per_anchor`."""
+        terms, impl = self.terms(), self._implementation()
+        levels = [
+            sum_terms_per_anchor(terms, x, y, impl) for x, y in zip(logits, labels, strict=True)
+        ]
+        return join_levels(levels)
 
     def _implementation(self) -> str:
         """`impl`, or the one that parameters of the loss's own get a gradient from.

@@ -105,6 +105,11 @@ class OHEMLoss(ClassificationLoss):
             self.cross_entropy.impl,
         )
         none = sums.foreground.new_zeros(len(keep))
+        is_foreground = row_labels < logits[0].shape[-1]
+        self.report = {
+            "ohem/kept_foreground": is_foreground.sum() / len(keep),
+            "ohem/kept_background": (~is_foreground).sum() / len(keep),
+        }
         return LossSums(*(none.index_add(0, images, each) for each in sums))
 
     @torch.no_grad()

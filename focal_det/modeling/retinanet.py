@@ -28,6 +28,7 @@ from .anchors import AnchorCache
 from .assign import label_anchors
 from .box_loss import box_loss_per_image, check_box_loss
 from .deferred import DeferredScalars
+from .diagnostics import TrainingDiagnostics, per_level
 from .head import build_dense_head
 from .inference import detect_single_image
 from .normalizer import LossNormalizer, build_normalizer
@@ -90,7 +91,8 @@ class FocalRetinaNet(RetinaNet):
             self.cls_loss.use(impl)
         self.normalizer = normalizer
         self._anchors = AnchorCache()
-        self._scalars, self._class_range = DeferredScalars(), DeferredScalars()
+        self._diagnostics = TrainingDiagnostics()
+        self._class_range = DeferredScalars()
 
     def _check_arguments(self, pixel_std: Any) -> None:
         """Raise for what Detectron2's constructor takes and training would stumble over."""
@@ -274,15 +276,22 @@ class FocalRetinaNet(RetinaNet):
         loss_cls = cls_sums.total.sum()
 
         # Names without "loss", so that Detectron2's console line stays as short as it was.
-        scalars = {"num_pos_anchors": num_foreground.float().mean()}
+        scalars = {
+            "num_pos_anchors": num_foreground.float().mean(),
+            "normalizer": divisors.float().mean(),
+            **per_level(is_foreground, sizes, self.head_in_features),
+            **self.cls_loss.report,
+        }
         if cls_sums.foreground is not None:
             foreground = cls_sums.foreground.sum()
             scalars["classification/foreground"] = foreground
             scalars["classification/background"] = loss_cls.detach() - foreground
-        storage = get_event_storage()
-        for arrived in self._scalars.exchange(scalars):
-            for name, value in arrived.items():
-                storage.put_scalar(name, value)
+        self._diagnostics.report(
+            get_event_storage(),
+            scalars,
+            lambda: self.cls_loss.per_anchor(pred_logits, level_labels),
+            labels == self.num_classes,
+        )
         return {"loss_cls": loss_cls, "loss_box_reg": (box_sums * weights).sum()}
 
     @torch.no_grad()

@@ -1,0 +1,132 @@
+"""What the figures show, and that the files in docs/figures are those of their data."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from focal_det.lab import figures
+from focal_det.losses import reference
+
+NUMBER = re.compile(r"(?<![\w#])-?\d+(?:\.\d+)?(?:e-?\d+)?(?!\w)")
+
+
+@pytest.mark.parametrize(
+    ("name", "scalar"),
+    [
+        ("CE", lambda x: reference.cross_entropy(x, 1)),
+        ("FL, gamma 2", lambda x: reference.focal(x, 1, None, 2.0)),
+        ("FL*, gamma 2, beta 1", lambda x: reference.focal_star(x, 1, None, 2.0, 1.0)),
+        ("FL*, gamma 4, beta 0", lambda x: reference.focal_star(x, 1, None, 4.0, 0.0)),
+    ],
+)
+def test_curves_are_the_losses_and_their_derivatives(name, scalar):
+    x_t = torch.linspace(-5, 5, 21, dtype=torch.float64)
+    values, slopes = figures.loss_of(figures.FORMS[name], x_t)
+    expected = [scalar(x) for x in x_t.tolist()]
+    assert values.tolist() == pytest.approx([value for value, _ in expected])
+    assert slopes.tolist() == pytest.approx([slope for _, slope in expected])
+
+
+def lines(figure, panel=0):
+    return {line.get_label(): line for line in figure.axes[panel].get_lines()}
+
+
+def test_figure_1_has_the_papers_gammas():
+    drawn = lines(figures.figure_1())
+    assert {"gamma 0 (CE)", "gamma 0.5", "gamma 1", "gamma 2", "gamma 5"} <= drawn.keys()
+    x, y = drawn["gamma 2"].get_data()
+    assert y[200] == pytest.approx(
+        reference.focal(torch.logit(torch.tensor(x[200])).item(), 1, None)[0]
+    )
+
+
+def test_figure_6_is_the_derivative_of_figure_5():
+    values, slopes = lines(figures.figure_5()), lines(figures.figure_6())
+    for name in figures.FORMS:
+        x, y = values[name].get_data()
+        middle = (y[2:] - y[:-2]) / (x[2:] - x[:-2])
+        assert slopes[name].get_data()[1][1:-1] == pytest.approx(middle, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("points", "hull"),
+    [
+        ([(1, 1)], [(1, 1)]),
+        ([(1, 1), (2, 3), (3, 4)], [(1, 1), (2, 3), (3, 4)]),
+        ([(1, 1), (2, 1.5), (3, 4)], [(1, 1), (3, 4)]),  # below the line between its neighbours
+        ([(3, 4), (1, 1), (5, 3)], [(1, 1), (3, 4)]),  # slower and worse
+        ([(1, 2), (1, 5), (2, 6)], [(1, 5), (2, 6)]),  # as fast and better
+    ],
+)
+def test_the_hull_is_above_all_points(points, hull):
+    assert figures.upper_hull(points) == hull
+
+
+def test_figure_7_colours_by_the_ap():
+    rows = [{"gamma": 2.0, "beta": 1.0, "AP": 30.0}, {"gamma": 1.0, "beta": 0.0, "AP": 10.0}]
+    curves = [
+        line for line in figures.figure_7(rows).axes[0].get_lines() if len(line.get_xdata()) > 9
+    ]
+    assert len({str(line.get_color()) for line in curves}) == 3  # two settings and CE
+
+
+@pytest.fixture
+def plot(root):
+    def run(*words, status=0):
+        command = [sys.executable, str(root / "tools" / "plot.py"), *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+        return done.stderr
+
+    return run
+
+
+def test_the_committed_figures_are_made_from_the_committed_data(plot, root, tmp_path):
+    plot("--output", tmp_path)
+    made, kept = tmp_path, root / "docs" / "figures"
+    names = sorted(path.name for path in made.iterdir())
+    assert names == sorted(path.name for path in kept.iterdir() if path.suffix != ".json")
+    assert {"figure_1.svg", "figure_2.svg", "figure_5.png", "figure_6.svg"} <= set(names)
+    # On one machine the bytes are the same. Another CPU may round a curve's last bit otherwise.
+    for name in names:
+        if name.endswith(".png"):
+            one, two = (np.asarray(Image.open(x / name), dtype=int) for x in (made, kept))
+            assert np.abs(one - two).max() <= 8, name
+        else:
+            one, two = ((x / name).read_text() for x in (made, kept))
+            assert NUMBER.sub("", one) == NUMBER.sub("", two), name
+            numbers = [list(map(float, NUMBER.findall(text))) for text in (one, two)]
+            assert numbers[0] == pytest.approx(numbers[1], abs=1e-4), name
+
+
+def test_the_same_data_give_the_same_bytes(plot, tmp_path):
+    for name in ("one", "two"):
+        plot("figure", "5", "--output", tmp_path / name)
+    for kind in ("svg", "png"):
+        one, two = ((tmp_path / x / f"figure_5.{kind}").read_bytes() for x in ("one", "two"))
+        assert one == two
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("figure",), "figure needs a number, one of 1, 2, 4, 5, 6, 7"),
+        (("figure", "3"), "invalid choice: 3"),
+        (("figure", "1", "--data", "x.json"), "--data is for figure 2, 4, 7, got 1"),
+        (("figure", "4", "--data", "x.json"), "x.json"),
+    ],
+)
+def test_a_command_line_that_cannot_be_carried_out_ends_with_2(plot, words, says):
+    assert says in plot(*words, status=2)
+
+
+def test_data_of_another_kind_is_named(plot, tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps({"a": 1}))
+    said = plot("figure", "4", "--data", tmp_path / "x.json", "--output", tmp_path, status=2)
+    assert f"{tmp_path}/x.json is not what figure 4 is drawn from: KeyError" in said
