@@ -71,3 +71,10 @@ def keeps_inner_trainer() -> bool:
     from detectron2.engine import DefaultTrainer
 
     return "state_dict" in vars(DefaultTrainer)
+
+
+def grad_scaler(device: str, **options: Any) -> Any:
+    """A ``GradScaler``; before PyTorch 2.3 there are those of CUDA alone. Can go with them."""
+    if hasattr(torch.amp, "GradScaler"):
+        return torch.amp.GradScaler(device, **options)
+    return torch.cuda.amp.GradScaler(**options)

@@ -19,6 +19,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 import focal_det
+from focal_det.compat import grad_scaler
 
 from .memory import on_cuda
 
@@ -160,7 +161,7 @@ class Candidate:
         # At a rate of zero a step costs what it costs at any, and every round is the same.
         self.optimizer = torch.optim.SGD(trained, lr=0.0, momentum=0.9, weight_decay=1e-4)
         scaled = self.amp == torch.float16 and on_cuda(device)
-        self.scaler = torch.amp.GradScaler("cuda", enabled=scaled)
+        self.scaler = grad_scaler("cuda", enabled=scaled)
 
     def inputs(self, scenes: Sequence[Scene]) -> Any:
         """Scenes in the form that the model takes."""

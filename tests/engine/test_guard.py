@@ -24,12 +24,20 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import focal_det
+from focal_det.compat import grad_scaler
 from focal_det.engine import diagnosis, failure_text
 from focal_det.engine.guard import NonFiniteGuard
 from focal_det.engine.plain_batch import from_plain, to_plain
 from focal_det.engine.trainer import _as_yaml
 
 NAN, INF = float("nan"), float("inf")
+
+
+def cpu_scaler(**options):
+    """A loss scale that works on a CPU."""
+    if not hasattr(torch.amp, "GradScaler"):
+        pytest.skip("before 2.3, PyTorch scales losses on GPUs only")
+    return torch.amp.GradScaler("cpu", **options)
 
 
 @pytest.fixture
@@ -79,7 +87,7 @@ class MixedTrainer(SimpleTrainer):
     def __init__(self, *args, precision=torch.float32, scaler=None):
         super().__init__(*args)
         self.precision = precision
-        self.scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+        self.scaler = scaler or grad_scaler("cpu", enabled=False)
 
     def run_step(self):
         enabled = self.precision != torch.float32
@@ -550,7 +558,7 @@ class Accumulating(SimpleTrainer):
     def __init__(self, *args, of_each, scaler=None):
         super().__init__(*args)
         self.of_each = of_each
-        self.scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+        self.scaler = scaler or grad_scaler("cpu", enabled=False)
 
     def run_step(self):
         self.optimizer.zero_grad()
@@ -623,14 +631,14 @@ def test_a_step_that_overflows_counts_once_whichever_backward_pass_does(batches,
     tiny, calls = Tiny(), []
     # The last backward pass of each step overflows, the others are finite.
     tiny.weight.register_hook(lambda g: calls.append(1) or (g if len(calls) % 3 else g * NAN))
-    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    scaler = cpu_scaler(init_scale=1.0)
     error = accumulate(tiny, batches(30), tmp_path, True, grad_scaler=scaler)
     assert error is not None
     assert len(calls) == 15  # patience is 5 steps
     calls.clear()
     always = Tiny()
     always.weight.register_hook(lambda g: calls.append(1) or g * NAN)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    scaler = cpu_scaler(init_scale=1.0)
     error = accumulate(always, batches(30), tmp_path / "b", True, grad_scaler=scaler)
     assert error is not None
     assert len(calls) == 13  # the first of the fifth step
@@ -728,7 +736,7 @@ def test_arguments_out_of_range_are_named(tmp_path, key, value):
 def test_overflows_at_the_start_are_the_scalers_affair(batches, tmp_path):
     tiny = Tiny()
     tiny.weight.register_hook(lambda gradient: gradient.half().float())  # inf beyond 65504
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaler = cpu_scaler(init_scale=2.0**16)
     run = Training(tiny, batches(12), tmp_path, scaler=scaler)
     assert run.error is None
     # The two images' mean pixels add up to some 255.
@@ -741,7 +749,7 @@ def test_overflows_at_the_start_are_the_scalers_affair(batches, tmp_path):
 def test_gradients_that_overflow_without_a_scale_to_blame_are_an_alarm(batches, tmp_path):
     tiny = Tiny()
     tiny.weight.register_hook(lambda gradient: gradient * NAN)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler = cpu_scaler(init_scale=4.0)
     run = Training(tiny, batches(12), tmp_path, scaler=scaler)
     # 4, 2 | 1, 1/2, 1/4, 1/8 are skipped, the fifth at or below 1 stops.
     report = run.report(6)
@@ -753,7 +761,7 @@ def test_gradients_that_overflow_without_a_scale_to_blame_are_an_alarm(batches, 
 def test_a_good_step_ends_a_row_of_overflows(batches, tmp_path):
     tiny, steps = Tiny(), []
     tiny.weight.register_hook(lambda g: steps.append(1) or (g if len(steps) % 5 == 0 else g * NAN))
-    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    scaler = cpu_scaler(init_scale=1.0)
     run = Training(tiny, batches(15), tmp_path, scaler=scaler)
     assert run.error is None
     assert scaler.get_scale() == 2.0**-12
@@ -762,7 +770,7 @@ def test_a_good_step_ends_a_row_of_overflows(batches, tmp_path):
 def test_a_loss_that_is_not_finite_is_an_alarm_at_any_scale(batches, tmp_path):
     data = batches(2)
     data[1][0]["image"][0] = NAN
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaler = cpu_scaler(init_scale=2.0**16)
     run = Training(Tiny(), data, tmp_path, scaler=scaler)
     run.check_nothing_changed()
     assert run.report(1)["loss_scale"] == 2.0**16
@@ -793,7 +801,7 @@ def test_float16_overflows_forward_and_only_float16_shows_it_again(
 ):
     with torch.no_grad():  # features beyond 65504, that float32 holds
         model.backbone.fpn_output4.norm.weight.mul_(1e7)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler = cpu_scaler(init_scale=2.0)
     data = batches(1)
     run = Training(model, data, tmp_path, cfg=cfg, precision=torch.float16, scaler=scaler)
     run.check_nothing_changed()
@@ -988,7 +996,7 @@ def test_replay_scales_the_loss_as_in_training(batches, tmp_path, replay):
     LazyConfig.save(OmegaConf.create(config, flags={"allow_objects": True}), str(tmp_path / "c"))
     half, (data,) = LazyHalf(), batches(1)
     optimizer = torch.optim.SGD(half.parameters(), lr=0.01)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaler = cpu_scaler(init_scale=2.0**16)
     text = (tmp_path / "c").read_text()
     trainer = MixedTrainer(half, [data], optimizer, scaler=scaler)
     options = {"grad_scaler": scaler, "scale_floor": 2.0**16, "patience": 1}

