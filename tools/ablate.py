@@ -123,7 +123,9 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag} must be {least} or more, got {value}")
     if not Path(args.config).is_file():
         raise ValueError(f"--config must name a YAML file, got {args.config!r}")
-    names = [name for name in built_in() if name != "main"] if args.table == "all" else [args.table]
+    names = (
+        [name for name in built_in() if name[0].isdigit()] if args.table == "all" else [args.table]
+    )
     args.tables = [load_table(name) for name in names]
     args.trials = {
         table.name: make_trials(

@@ -6,6 +6,7 @@ with a ``label``, ``overrides`` and, for what depends on the config it starts fr
 * ``anchors: {scales: n, aspect_ratios: m}``: n anchor sizes to the octave, from the smallest of
   each level on, and the middle m of the ratios 1/2, 1, 2;
 * ``image_scale``: a factor of the image sizes, a number or a fraction such as ``400/600``;
+* ``detector``: another one than FocalRetinaNet, by its name in :mod:`focal_det.lab.rivals`;
 * ``deeper``: how many steps deeper the ResNet is, along 18, 34, 50, 101, 152;
 * ``paper``: what the paper reports, by metric.
 
@@ -23,12 +24,16 @@ from detectron2.config import CfgNode
 
 from focal_det.safe_loading import load_yaml
 
+from .rivals import DIFFERENCES, choose_detector
+
 FOLDER = Path(__file__).parent / "tables"
 DEPTHS = (18, 34, 50, 101, 152)
 RATIOS = {1: [1.0], 3: [0.5, 1.0, 2.0]}
 MAX_SCALES = 8
 TABLE_KEYS = frozenset({"title", "source", "overrides", "rows", "axes"})
-ROW_KEYS = frozenset({"label", "overrides", "anchors", "image_scale", "deeper", "paper"})
+ROW_KEYS = frozenset(
+    {"label", "overrides", "anchors", "image_scale", "deeper", "detector", "paper"}
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Row:
         anchors: ``scales`` and ``aspect_ratios``, or None for the config's own.
         image_scale: factor of the image sizes.
         deeper: steps along :data:`DEPTHS`.
+        detector: a key of :data:`focal_det.lab.rivals.DIFFERENCES`.
     """
 
     label: str
@@ -50,6 +56,7 @@ class Row:
     anchors: dict[str, int] | None = None
     image_scale: Fraction = Fraction(1)
     deeper: int = 0
+    detector: str = "focal_det"
 
     def apply(self, cfg: CfgNode) -> None:
         """Change a config to this setting.
@@ -72,6 +79,7 @@ class Row:
                 cfg.INPUT[key] = _scaled(cfg.INPUT[key], self.image_scale)
         if self.deeper:
             _deepen(cfg, self.deeper)
+        choose_detector(cfg, self.detector)
 
 
 @dataclass(frozen=True)
@@ -150,11 +158,16 @@ def _row(entry: Any, shared: dict[str, Any], path: Path) -> Row:
     deeper = entry.get("deeper", 0)
     if deeper not in range(len(DEPTHS)):
         raise ValueError(f"{where}: deeper must be 0 to {len(DEPTHS) - 1}, got {deeper!r}")
+    detector = entry.get("detector", "focal_det")
+    if detector not in DIFFERENCES:
+        raise ValueError(
+            f"{where}: detector must be one of {', '.join(DIFFERENCES)}, got {detector!r}"
+        )
     paper = _mapping(entry.get("paper"), f"{where}: paper")
     for key, value in paper.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{where}: paper: {key} must be a number, got {value!r}")
-    return Row(label, overrides, paper, anchors, scale, deeper)
+    return Row(label, overrides, paper, anchors, scale, deeper, detector)
 
 
 def _product(axes: dict[str, Any], shared: dict[str, Any], path: Path) -> list[Row]:

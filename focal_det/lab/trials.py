@@ -91,6 +91,7 @@ def make_trials(
         base.DATASETS[split] = (name,)
     # A class count that is told by the data needs no telling.
     base.MODEL.RETINANET.NUM_CLASSES = count_classes(names["TRAIN"])
+    base.MODEL.ROI_HEADS.NUM_CLASSES = base.MODEL.RETINANET.NUM_CLASSES
     base.MODEL.DEVICE = device
     base.merge_from_list(list(options))
     if budget is not None:
