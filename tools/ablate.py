@@ -26,7 +26,7 @@ with warnings.catch_warnings():
 import torch
 
 from focal_det.analysis import records
-from focal_det.lab import charts, summary
+from focal_det.lab import charts, figures, markdown, summary
 from focal_det.lab.sweep import load_records, run_sweep
 from focal_det.lab.tables import Table, built_in, load_table
 from focal_det.lab.trials import Trial, make_trials
@@ -35,9 +35,9 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "demo" / "focal_retinanet_digits.yaml"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    args = parse()
+    args = parse(argv)
     output = Path(args.output).resolve()
     by_table: dict[str, list[Trial]] = args.trials
     every = {trial.key: trial for trials in by_table.values() for trial in trials}
@@ -73,9 +73,21 @@ def report(table: Table, found: list[dict[str, object]], output: Path) -> None:
         return
     made = summary.summarise(table, found)
     records.save(made, output / f"{table.name}.json")
-    text = summary.markdown(made)
+    text = markdown.render(made)
     (output / f"{table.name}.md").write_text(text, encoding="utf-8")
     charts.save_figure(charts.draw_table(made), output / table.name)
+    if table.speed:
+        points = [
+            {
+                "method": row["label"],
+                "AP": row["metrics"]["AP"]["mean"],
+                "time_ms": row["inference_ms"],
+            }
+            for row in made["rows"]
+            if row["inference_ms"] is not None
+        ]
+        picture = figures.figure_2({f"{', '.join(made['devices'])}": points})
+        charts.save_figure(picture, output / f"{table.name}_speed")
     print(f"\n{text}")
 
 

@@ -2,7 +2,9 @@
 
 import argparse
 import datetime
+import itertools
 import json
+import logging
 import resource
 import statistics
 import sys
@@ -16,6 +18,7 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import HookBase, default_setup, launch
 from detectron2.utils import comm
+from detectron2.utils.analysis import FlopCountAnalysis
 from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 
@@ -24,10 +27,22 @@ from focal_det.engine import Trainer
 
 from .trials import Trial
 
+# Below Detectron2's logger, whose handlers every Detectron2 script sets up.
+logger = logging.getLogger(f"detectron2.{__name__}")
+
 SCHEMA = 1
 WARM_UP, TIMED = 3, 40  # images
 REPORT_SECONDS = 2.0
 MEASURED = "measured.json"
+FACTS = (
+    "seconds",
+    "resumed_from",
+    "images_per_second",
+    "parameters",
+    "gflops",
+    "peak_memory_mib",
+    "inference_ms",
+)
 
 Report = Callable[[int], None]
 
@@ -47,8 +62,10 @@ def run_trial(
     Returns:
         A record: what was run (``table``, ``label``, ``overrides``, ``seed``, ``iterations``,
         ``key``), ``metrics`` in percent, ``curves``, ``seconds``, ``resumed_from``,
-        ``peak_memory_mib`` of the main process, ``inference_ms`` (median and 95th percentile, one
-        image), ``environment``, and ``error``, why training was given up, or None.
+        ``images_per_second`` of training (None where nothing was left to do), ``parameters``,
+        ``gflops`` of an image (multiply-adds), ``peak_memory_mib`` of the main process,
+        ``inference_ms`` (median and 95th percentile, one image), ``environment``, and ``error``,
+        why training was given up, or None.
     """
     folder.mkdir(parents=True, exist_ok=True)
     cfg = trial.load_config(str(folder))
@@ -71,7 +88,7 @@ def run_trial(
         error = "a loss or gradient is not finite, see the log"
     rows = records.read_metrics(folder / "metrics.json")
     finished = datetime.datetime.now(datetime.timezone.utc)
-    nothing = dict.fromkeys(("seconds", "resumed_from", "peak_memory_mib", "inference_ms"))
+    nothing = dict.fromkeys(FACTS)
     return {
         "schema": SCHEMA,
         "key": trial.key,
@@ -102,9 +119,13 @@ def _train(cfg: CfgNode, measured: Path, report: Report | None) -> None:
     trainer.train()
     if comm.is_main_process():
         model: Any = getattr(trainer.model, "module", trainer.model)
+        images = (trainer.max_iter - start) * cfg.SOLVER.IMS_PER_BATCH
         facts = {
             "seconds": clock.seconds,
             "resumed_from": start,
+            "images_per_second": images / clock.seconds["training"] if images else None,
+            "parameters": sum(x.numel() for x in model.parameters()),
+            "gflops": count_gflops(cfg, model),
             "peak_memory_mib": peak_memory_mib(cfg.MODEL.DEVICE),
             "inference_ms": time_inference(cfg, model),
         }
@@ -172,3 +193,25 @@ def time_inference(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     if len(times) < 2:  # a data set of hardly any image
         times = [1000 * (time.perf_counter() - begin)] * 2
     return {"median": statistics.median(times), "p95": statistics.quantiles(times, n=20)[-1]}
+
+
+@torch.no_grad()
+def count_gflops(cfg: CfgNode, model: nn.Module) -> float | None:
+    """Multiply-adds of one image's convolutions and matrix products, in 10^9, by fvcore.
+
+    Args:
+        cfg: whose first image of the first test set is meant.
+        model: left in evaluation mode.
+
+    Returns:
+        None where the model cannot be traced.
+    """
+    model.eval()
+    (inputs,) = itertools.islice(build_detection_test_loader(cfg, cfg.DATASETS.TEST[0]), 1)
+    counter = FlopCountAnalysis(model, inputs)
+    counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    try:
+        return float(counter.total()) / 1e9
+    except RuntimeError as error:  # of torch.jit.trace
+        logger.warning(f"operations cannot be counted: {str(error).splitlines()[0]}")
+        return None

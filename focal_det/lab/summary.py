@@ -5,17 +5,39 @@ All metrics are in percent. A training that diverged counts as AP 0 in ranks, an
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from detectron2.config import CfgNode
 from scipy.stats import kendalltau
 
 from focal_det.analysis.records import METRICS
+from focal_det.losses.registry import get_key
 
+from .rivals import DIFFERENCES
 from .tables import Table
 
 RANKED = "AP"
-SHOWN = ("AP", "AP50", "AP75")
+
+# What is measured of a trial, as a median over seeds.
+MEASURES: dict[str, Callable[[Sequence[dict[str, Any]]], list[Any]]] = {
+    "images_per_second": lambda found: [record["images_per_second"] for record in found],
+    "inference_ms": lambda found: [
+        (record["inference_ms"] or {}).get("median") for record in found
+    ],
+    "inference_p95_ms": lambda found: [
+        (record["inference_ms"] or {}).get("p95") for record in found
+    ],
+    "peak_memory_mib": lambda found: [record["peak_memory_mib"] for record in found],
+    "parameters": lambda found: [record["parameters"] for record in found],
+    "gflops": lambda found: [record["gflops"] for record in found],
+}
+# Settings in which rows that are compared by their speed and AP must agree.
+SHARED = (
+    "DATASETS", "DATALOADER", "INPUT", "SOLVER", "MODEL.BACKBONE", "MODEL.RESNETS", "MODEL.FPN",
+    "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.WEIGHTS", "MODEL.DEVICE",
+    "TEST.DETECTIONS_PER_IMAGE",
+)  # fmt: skip
 
 
 def summarise(table: Table, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -26,11 +48,12 @@ def summarise(table: Table, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
         found: records of :func:`focal_det.lab.running.run_trial`; those of other rows are left out.
 
     Returns:
-        ``table``, ``title``, ``source``; ``rows`` with ``label``, ``overrides``, ``seeds``,
-        ``diverged`` (how many), ``paper``, ``rank``, ``paper_rank``, ``inference_ms`` and
-        ``metrics``: for each of ``AP``, ``AP50``, ... ``mean``, ``sd`` (of the sample, None for one
-        seed) and ``values`` by seed; ``kendall_tau`` with the paper's order, None for fewer than
-        two rows to compare; ``winner``, a label or None, and ``verdict``, why; ``commits``,
+        ``table``, ``title``, ``source``, ``speed``; ``rows`` with ``label``, ``overrides``,
+        ``seeds``, ``diverged`` (how many), ``paper``, ``rank``, ``paper_rank``, ``differs`` (of the
+        detector), each of :data:`MEASURES`, and ``metrics``: for each of ``AP``, ``AP50``, ...
+        ``mean``, ``sd`` (of the sample, None for one seed) and ``values`` by seed; ``kendall_tau``
+        with the paper's order, None for fewer than two rows to compare; ``winner``, a label or
+        None, and ``verdict``, why; ``unequal``, see :func:`unequal_settings`; ``commits``,
         ``devices``, ``iterations``, ``data``.
     """
     by_label: dict[str, list[dict[str, Any]]] = {row.label: [] for row in table.rows}
@@ -48,9 +71,8 @@ def summarise(table: Table, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
                 "diverged": sum(record["error"] is not None for record in of_row),
                 "paper": row.paper,
                 "metrics": {name: _spread(of_row, name) for name in METRICS},
-                "inference_ms": _median(
-                    record["inference_ms"]["median"] for record in of_row if record["inference_ms"]
-                ),
+                **{name: _median(find(of_row)) for name, find in MEASURES.items()},
+                "differs": DIFFERENCES[row.detector],
             }
         )
     _rank(rows)
@@ -58,6 +80,8 @@ def summarise(table: Table, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
     winner, verdict = find_winner(rows)
     return {
         "table": table.name,
+        "speed": table.speed,
+        "unequal": unequal_settings(every),
         "title": table.title,
         "source": table.source,
         "rows": rows,
@@ -89,8 +113,34 @@ def _value(record: dict[str, Any], name: str) -> float | None:
     return None if value is None else float(value)
 
 
-def _median(values: Iterable[float]) -> float | None:
-    numbers = list(values)
+def unequal_settings(found: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
+    """Settings of :data:`SHARED` in which records differ.
+
+    Args:
+        found: records of :func:`focal_det.lab.running.run_trial`.
+
+    Returns:
+        Key to its values, as text; empty where all agree.
+    """
+    seen: dict[str, set[str]] = {}
+    for record in found:
+        cfg = CfgNode.load_cfg(record["config"])
+        for key in SHARED:
+            for name, value in _leaves(key, get_key(cfg, key)):
+                seen.setdefault(name, set()).add(str(value))
+    return {name: sorted(values) for name, values in seen.items() if len(values) > 1}
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, CfgNode):
+        for name, part in value.items():
+            yield from _leaves(f"{key}.{name}", part)
+    else:
+        yield key, value
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    numbers = [value for value in values if value is not None]
     return statistics.median(numbers) if numbers else None
 
 
@@ -162,49 +212,3 @@ def find_winner(rows: Sequence[dict[str, Any]]) -> tuple[str | None, str]:
 
 def _numbers(row: dict[str, Any]) -> list[float]:
     return [value for value in row["metrics"][RANKED]["values"] if value is not None]
-
-
-def markdown(summary: dict[str, Any]) -> str:
-    """A summary as a Markdown section.
-
-    Args:
-        summary: of :func:`summarise`.
-    """
-    rows = summary["rows"]
-    timed = any("milliseconds" in row["paper"] for row in rows)
-    head = ["", *SHOWN, "seeds", "rank", *(f"paper's {name}" for name in SHOWN), "paper's rank"]
-    head += ["ms an image", "paper's ms"] if timed else []
-    lines = [f"### {summary['title']}", "", f"{summary['source']}.", ""]
-    lines += ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|"]
-    for row in rows:
-        bold = "**" if row["label"] == summary["winner"] else ""
-        cells = [f"{bold}{row['label']}{bold}"]
-        cells += [_with_spread(row["metrics"][name]) for name in SHOWN]
-        diverged = f" ({row['diverged']} diverged)" if row["diverged"] else ""
-        cells += [f"{len(row['seeds'])}{diverged}", _number(row["rank"], "d")]
-        cells += [_number(row["paper"].get(name)) for name in SHOWN]
-        cells += [_number(row["paper_rank"], "d")]
-        if timed:
-            cells += [_number(row["inference_ms"]), _number(row["paper"].get("milliseconds"))]
-        lines.append("| " + " | ".join(cells) + " |")
-    tau = summary["kendall_tau"]
-    order = "" if tau is None else f" Kendall's tau with the paper's order: {tau:.2f}."
-    made = f"{_list(summary['iterations'])} iterations, commit {_list(summary['commits'])}"
-    lines += ["", f"{summary['verdict']}{order}", ""]
-    lines += [f"Mean ± standard deviation over seeds; {made}, {_list(summary['devices'])}."]
-    return "\n".join(lines) + "\n"
-
-
-def _with_spread(metric: dict[str, Any]) -> str:
-    if metric["mean"] is None:
-        return ""
-    sd = "" if metric["sd"] is None else f" ± {metric['sd']:.1f}"
-    return f"{metric['mean']:.1f}{sd}"
-
-
-def _number(value: float | None, form: str = ".1f") -> str:
-    return "" if value is None else f"{value:{form}}"
-
-
-def _list(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values)) or "none"

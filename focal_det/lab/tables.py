@@ -1,7 +1,8 @@
 """Tables of trials: the paper's, which are files beside this one, and a user's own.
 
-A table is a YAML file with ``title``, ``source``, ``overrides`` of all rows, and ``rows``, each
-with a ``label``, ``overrides`` and, for what depends on the config it starts from:
+A table is a YAML file with ``title``, ``source``, ``overrides`` of all rows, ``speed: true`` to
+show time, memory and size, and ``rows``, each with a ``label``, ``overrides`` and, for what depends
+on the config it starts from:
 
 * ``anchors: {scales: n, aspect_ratios: m}``: n anchor sizes to the octave, from the smallest of
   each level on, and the middle m of the ratios 1/2, 1, 2;
@@ -30,7 +31,7 @@ FOLDER = Path(__file__).parent / "tables"
 DEPTHS = (18, 34, 50, 101, 152)
 RATIOS = {1: [1.0], 3: [0.5, 1.0, 2.0]}
 MAX_SCALES = 8
-TABLE_KEYS = frozenset({"title", "source", "overrides", "rows", "axes"})
+TABLE_KEYS = frozenset({"title", "source", "overrides", "rows", "axes", "speed"})
 ROW_KEYS = frozenset(
     {"label", "overrides", "anchors", "image_scale", "deeper", "detector", "paper"}
 )
@@ -84,12 +85,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of trials: its name, title and source, and its rows."""
+    """A table of trials.
+
+    Attributes:
+        name: of its file.
+        title, source: for its readers.
+        rows: its settings.
+        speed: whether time, memory and size are shown, and what differs between the rows.
+    """
 
     name: str
     title: str
     source: str
     rows: tuple[Row, ...]
+    speed: bool = False
 
 
 def built_in() -> list[str]:
@@ -130,7 +139,10 @@ def load_table(name: str) -> Table:
         twice = next(label for label in labels if labels.count(label) > 1)
         raise ValueError(f"{path}: two rows are labelled {twice!r}")
     title, source = (str(content.get(key, "")) for key in ("title", "source"))
-    return Table(path.stem, title or path.stem, source, tuple(rows))
+    speed = content.get("speed", False)
+    if not isinstance(speed, bool):
+        raise ValueError(f"{path}: speed must be true or false, got {speed!r}")
+    return Table(path.stem, title or path.stem, source, tuple(rows), speed)
 
 
 def _row(entry: Any, shared: dict[str, Any], path: Path) -> Row:

@@ -96,7 +96,7 @@ def test_torchvisions_own_boxes_and_classes_come_through(build):
 
 
 @pytest.mark.parametrize("name", RIVALS)
-def test_every_detector_is_a_trial(root, few, tmp_path, name):
+def test_every_detector_is_a_trial(root, few, build, tmp_path, name):
     (trial,) = make_trials(
         Table("t", "", "", (Row(name, {}, detector=name),)),
         config_file=str(root / DEMO),
@@ -109,6 +109,9 @@ def test_every_detector_is_a_trial(root, few, tmp_path, name):
     assert record["error"] is None
     assert 0 <= record["metrics"]["AP"] <= 100
     assert record["inference_ms"]["median"] > 0
+    assert record["images_per_second"] > 0
+    assert record["parameters"] == sum(x.numel() for x in build(name).parameters())
+    assert record["gflops"] > 0.1
 
 
 def test_the_built_in_retinanet_is_ours_with_focal_loss(build):

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from focal_det.analysis.records import METRICS
-from focal_det.lab import charts, summary
+from focal_det.lab import charts, markdown, summary
 from focal_det.lab.tables import Row, Table
 
 TABLE = Table(
@@ -31,6 +31,11 @@ def record(label, seed, ap, error=None):
         "data": [["x_train"], ["x_val"]],
         "metrics": {**dict.fromkeys(METRICS), "AP": ap},
         "inference_ms": {"median": 10.0 * seed, "p95": 99.0},
+        "images_per_second": 4.0 * seed,
+        "peak_memory_mib": 800.0,
+        "parameters": 1_230_000,
+        "gflops": None,
+        "config": "SOLVER: {BASE_LR: 0.1}\n",
         "environment": {"commit": "abc", "device": "CPU"},
     }
 
@@ -107,11 +112,11 @@ def test_a_training_that_diverged_counts_as_nothing_and_is_named():
     )
     assert row(found, "a")["metrics"]["AP"]["values"] == [0.0, 8.0]
     assert row(found, "a")["diverged"] == 1
-    assert "| 2 (1 diverged) |" in summary.markdown(found)
+    assert "| 2 (1 diverged) |" in markdown.render(found)
 
 
 def test_markdown_has_the_papers_column_and_marks_the_winner():
-    text = summary.markdown(made(a=[10.0, 11.0], b=[11.5, 15.5]))
+    text = markdown.render(made(a=[10.0, 11.0], b=[11.5, 15.5]))
     lines = text.splitlines()
     assert lines[0] == "### A table"
     cells = [cell.strip() for cell in next(x for x in lines if "**b**" in x).split("|")]
@@ -120,6 +125,25 @@ def test_markdown_has_the_papers_column_and_marks_the_winner():
     assert "10 iterations, commit abc, CPU." in text
     assert "ms an image" not in text
     json.dumps(made(a=[1.0]), allow_nan=False)
+
+
+def test_a_table_of_speed_shows_it_and_what_differs():
+    rows = (Row("ours", {}), Row("other", {}, detector="faster_rcnn"))
+    table = Table("t", "A fight", "", rows, speed=True)
+    found = [record("ours", 1, 10.0), record("ours", 3, 12.0), record("other", 1, 5.0)]
+    text = markdown.render(summary.summarise(table, found))
+    cells = {
+        x.split("|")[1].strip(" *"): [y.strip() for y in x.split("|")]
+        for x in text.splitlines()
+        if x.count("|") > 9
+    }
+    assert "paper's AP" not in text
+    assert cells["ours"][7:13] == ["8.0", "20.0", "99.0", "800", "1.23", ""]
+    assert cells["other"][13].startswith("two stages")
+    assert "All rows agree in data" in text
+    other = {**record("other", 1, 5.0), "config": "SOLVER: {BASE_LR: 0.2}\n"}
+    text = markdown.render(summary.summarise(table, [*found[:2], other]))
+    assert "**The rows do not agree in all settings.** SOLVER.BASE_LR: 0.1 or 0.2." in text
 
 
 def test_records_of_other_rows_are_left_out():

@@ -110,7 +110,7 @@ axes:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("- 1", "must have axes, overrides, rows, source, title, got [1]"),
+        ("- 1", "must have axes, overrides, rows, source, speed, title, got [1]"),
         ("title: a", "must have either rows or axes"),
         ("rows: []\naxes: {A: [1]}", "must have either rows or axes"),
         ("rows: []", "has no row"),
@@ -123,6 +123,11 @@ axes:
         ("rows: [{label: a, anchors: {scales: 1, aspect_ratios: 2}}]", "aspect_ratios, 1 or 3"),
         ("rows: [{label: a, image_scale: 0}]", "image_scale must be above 0, got 0"),
         ("rows: [{label: a, image_scale: 1/0}]", "image_scale must be above 0, got '1/0'"),
+        (
+            "rows: [{label: a, detector: yolo}]",
+            "detector must be one of focal_det, retinanet, fcos",
+        ),
+        ("rows: [{label: a}]\nspeed: fast", "speed must be true or false, got 'fast'"),
         ("rows: [{label: a, deeper: -1}]", "deeper must be 0 to 4, got -1"),
         ("rows: [{label: a, paper: {AP: high}}]", "paper: AP must be a number, got 'high'"),
         ("axes: {A: 1}", "axes: A must be a list of values, got 1"),

@@ -1,0 +1,82 @@
+"""A summary as a Markdown section."""
+
+from collections.abc import Sequence
+from typing import Any
+
+SHOWN = ("AP", "AP50", "AP75")
+# Column -> measure, its unit and form.
+SPEED = {
+    "training images/s": ("images_per_second", 1.0, ".1f"),
+    "ms an image": ("inference_ms", 1.0, ".1f"),
+    "95th percentile": ("inference_p95_ms", 1.0, ".1f"),
+    "peak MiB": ("peak_memory_mib", 1.0, ".0f"),
+    "parameters, million": ("parameters", 1e-6, ".2f"),
+    "GFLOPs": ("gflops", 1.0, ".2f"),
+}
+
+
+def render(summary: dict[str, Any]) -> str:
+    """A summary as a Markdown section.
+
+    Args:
+        summary: of :func:`summarise`.
+    """
+    rows = summary["rows"]
+    timed = any("milliseconds" in row["paper"] for row in rows)
+    compared = any(row["paper"] for row in rows)
+    head = ["", *SHOWN, "seeds", "rank"]
+    head += [*(f"paper's {name}" for name in SHOWN), "paper's rank"] if compared else []
+    head += ["ms an image", "paper's ms"] if timed else []
+    head += [*SPEED, "what differs"] if summary["speed"] else []
+    lines = [f"### {summary['title']}", "", f"{summary['source']}.", ""]
+    lines += ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|"]
+    for row in rows:
+        bold = "**" if row["label"] == summary["winner"] else ""
+        cells = [f"{bold}{row['label']}{bold}"]
+        cells += [_with_spread(row["metrics"][name]) for name in SHOWN]
+        diverged = f" ({row['diverged']} diverged)" if row["diverged"] else ""
+        cells += [f"{len(row['seeds'])}{diverged}", _number(row["rank"], "d")]
+        if compared:
+            cells += [_number(row["paper"].get(name)) for name in SHOWN]
+            cells += [_number(row["paper_rank"], "d")]
+        if timed:
+            cells += [_number(row["inference_ms"]), _number(row["paper"].get("milliseconds"))]
+        if summary["speed"]:
+            cells += [_number(row[name], form, unit) for name, unit, form in SPEED.values()]
+            cells.append(row["differs"])
+        lines.append("| " + " | ".join(cells) + " |")
+    tau = summary["kendall_tau"]
+    order = "" if tau is None else f" Kendall's tau with the paper's order: {tau:.2f}."
+    made = f"{_list(summary['iterations'])} iterations, commit {_list(summary['commits'])}"
+    lines += ["", f"{summary['verdict']}{order}", ""]
+    lines += [f"Mean ± standard deviation over seeds; {made}, {_list(summary['devices'])}."]
+    if summary["speed"]:
+        lines += ["", _equality(summary["unequal"])]
+    return "\n".join(lines) + "\n"
+
+
+def _equality(unequal: dict[str, list[str]]) -> str:
+    if not unequal:
+        return (
+            "All rows agree in data, loaders, input, schedule, backbone, pyramid and first "
+            "weights. Times and memory are medians over seeds."
+        )
+    named = "; ".join(f"{key}: {' or '.join(values)}" for key, values in unequal.items())
+    return f"**The rows do not agree in all settings.** {named}."
+
+
+def _with_spread(metric: dict[str, Any]) -> str:
+    if metric["mean"] is None:
+        return ""
+    sd = "" if metric["sd"] is None else f" ± {metric['sd']:.1f}"
+    return f"{metric['mean']:.1f}{sd}"
+
+
+def _number(value: float | None, form: str = ".1f", unit: float | None = None) -> str:
+    if value is None:
+        return ""
+    return f"{value if unit is None else unit * value:{form}}"
+
+
+def _list(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values)) or "none"
