@@ -6,7 +6,7 @@
 * ``classification/foreground``: part of ``loss_cls`` from terms with y = +1, where the loss can
   tell; ``classification/background``: the rest of it;
 * ``classification/hardest_percent``: share, in percent, of the background anchors' loss that comes
-  from the hardest 1 % of all anchors; every :data:`PERIOD` iterations;
+  from the hardest 1 % of all anchors; taken every :data:`PERIOD` iterations;
 * ``ohem/kept_foreground``, ``ohem/kept_background``: anchors of an image that OHEM keeps.
 
 Letters: N images, R anchors per image over all levels, L levels.
@@ -24,6 +24,7 @@ from .deferred import DeferredScalars
 # Below Detectron2's logger, whose handlers every Detectron2 script sets up.
 logger = logging.getLogger(f"detectron2.{__name__}")
 
+SELDOM = "classification/hardest_percent"
 PERIOD = 20
 """Iterations between looks at every anchor, which cost about a pass over the logits."""
 HARDEST = 100
@@ -58,8 +59,11 @@ class TrainingDiagnostics:
             losses = loss_per_anchor()
             if losses is not None:
                 share = hardest_share(losses, is_background)
-                scalars = {**scalars, "classification/hardest_percent": 100 * share}
+                scalars = {**scalars, SELDOM: 100 * share}
         for arrived in self._deferred.exchange(scalars):
+            if SELDOM not in arrived and SELDOM in storage.latest():
+                # Again, so that writers, which go by iteration, have it beside the others.
+                arrived[SELDOM] = storage.latest()[SELDOM][0]
             for name, value in arrived.items():
                 storage.put_scalar(name, value)
             self._watch(arrived["num_pos_anchors"])

@@ -1,11 +1,12 @@
 """What a training step says of itself, against numbers counted by hand."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from detectron2.modeling import build_model
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, JSONWriter
 
 from focal_det.losses import CrossEntropyLoss, OHEMLoss
 from focal_det.modeling import diagnostics as diagnostics_module
@@ -72,6 +73,23 @@ def test_every_anchor_is_looked_at_now_and_then_only(small_cfg, make_batch):
         assert there == (iteration % PERIOD == 0)
 
 
+def test_a_line_of_metrics_json_has_all_scalars(small_cfg, make_batch, tmp_path):
+    """Detectron2's writer makes a line of each iteration that a scalar is from."""
+    model, batch = build_model(small_cfg), make_batch((2,))
+    writer = JSONWriter(str(tmp_path / "metrics.json"))
+    with EventStorage(0) as storage:
+        for _ in range(3):
+            model(batch)
+            storage.step()
+        storage.iter = 2
+        writer.write()
+    writer.close()
+    (line,) = (tmp_path / "metrics.json").read_text().splitlines()
+    assert {"classification/hardest_percent", "normalizer", "positives/p7"} <= json.loads(
+        line
+    ).keys()
+
+
 def test_ohem_says_what_it_keeps(small_cfg, make_batch):
     small_cfg.MODEL.FOCAL_DET.LOSS.NAME = "OHEMLoss"
     small_cfg.MODEL.FOCAL_DET.OHEM.BATCH_SIZE = 8
@@ -107,7 +125,7 @@ def test_the_loss_of_each_anchor_is_the_sum_of_its_terms():
 @pytest.mark.parametrize("without", [PATIENCE - 1, PATIENCE, 3 * PATIENCE])
 def test_steps_without_positives_are_worth_one_warning(monkeypatch, without):
     diagnostics = TrainingDiagnostics()
-    storage = SimpleNamespace(iter=1, put_scalar=lambda name, value: None)
+    storage = SimpleNamespace(iter=1, put_scalar=lambda name, value: None, latest=dict)
     background = torch.ones(1, 4, dtype=torch.bool)
     warned = []
     monkeypatch.setattr(diagnostics_module.logger, "warning", warned.append)
