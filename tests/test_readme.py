@@ -23,7 +23,7 @@ SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n"
 COMMANDS = [line.split("  #")[0].strip() for line in SHELL.splitlines()]
 COMMANDS = [line for line in COMMANDS if line and not line.startswith("#")]
 TRAININGS = [line for line in COMMANDS if "train_net.py" in line]
-SWEEPS = [line for line in COMMANDS if "ablate.py" in line]
+SWEEPS = [line for line in COMMANDS if re.search(r"ablate|benchmark_detectors", line)]
 
 
 def test_every_command_is_of_a_kind_that_is_tested():
@@ -31,7 +31,7 @@ def test_every_command_is_of_a_kind_that_is_tested():
     tested = TRAININGS + SWEEPS
     others = [line for line in COMMANDS if line not in tested and not line.startswith(known)]
     assert others == []
-    assert len(SWEEPS) == 2
+    assert len(SWEEPS) == 3
     assert len(TRAININGS) >= 8
 
 
