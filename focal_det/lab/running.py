@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
+from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.engine import HookBase, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.analysis import FlopCountAnalysis
@@ -23,6 +23,7 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from focal_det.analysis import records
+from focal_det.data.checks import anchor_setup, foreground_ratio, usable_objects
 from focal_det.engine import Trainer
 
 from .trials import Trial
@@ -32,6 +33,7 @@ logger = logging.getLogger(f"detectron2.{__name__}")
 
 SCHEMA = 1
 WARM_UP, TIMED = 3, 40  # images
+COUNTED = 200  # images
 REPORT_SECONDS = 2.0
 MEASURED = "measured.json"
 FACTS = (
@@ -40,6 +42,7 @@ FACTS = (
     "images_per_second",
     "parameters",
     "gflops",
+    "background_per_foreground",
     "peak_memory_mib",
     "inference_ms",
 )
@@ -63,9 +66,9 @@ def run_trial(
         A record: what was run (``table``, ``label``, ``overrides``, ``seed``, ``iterations``,
         ``key``), ``metrics`` in percent, ``curves``, ``seconds``, ``resumed_from``,
         ``images_per_second`` of training (None where nothing was left to do), ``parameters``,
-        ``gflops`` of an image (multiply-adds), ``peak_memory_mib`` of the main process,
-        ``inference_ms`` (median and 95th percentile, one image), ``environment``, and ``error``,
-        why training was given up, or None.
+        ``gflops`` of an image (multiply-adds), ``background_per_foreground`` (anchors),
+        ``peak_memory_mib`` of the main process, ``inference_ms`` (median and 95th percentile, one
+        image), ``environment``, and ``error``, why training was given up, or None.
     """
     folder.mkdir(parents=True, exist_ok=True)
     cfg = trial.load_config(str(folder))
@@ -126,6 +129,7 @@ def _train(cfg: CfgNode, measured: Path, report: Report | None) -> None:
             "images_per_second": images / clock.seconds["training"] if images else None,
             "parameters": sum(x.numel() for x in model.parameters()),
             "gflops": count_gflops(cfg, model),
+            "background_per_foreground": background_per_foreground(cfg),
             "peak_memory_mib": peak_memory_mib(cfg.MODEL.DEVICE),
             "inference_ms": time_inference(cfg, model),
         }
@@ -215,3 +219,23 @@ def count_gflops(cfg: CfgNode, model: nn.Module) -> float | None:
     except RuntimeError as error:  # of torch.jit.trace
         logger.warning(f"operations cannot be counted: {str(error).splitlines()[0]}")
         return None
+
+
+def background_per_foreground(cfg: CfgNode) -> float | None:
+    """How many background anchors there are for each foreground one, as training assigns them.
+
+    Args:
+        cfg: whose training sets are meant; :data:`COUNTED` of their images, evenly spaced, are
+            looked at, at the size of evaluation.
+
+    Returns:
+        None without a foreground anchor, or where the config's anchors are not Detectron2's.
+    """
+    try:
+        setup = anchor_setup(cfg)
+    except ValueError:
+        return None
+    images = usable_objects(get_detection_dataset_dicts(list(cfg.DATASETS.TRAIN), False))
+    sample = images[:: max(1, -(-len(images) // COUNTED))]
+    ratio: float | None = foreground_ratio(sample, setup)["background_per_foreground"]
+    return ratio

@@ -89,6 +89,8 @@ def test_a_record_says_what_was_run_and_what_came(trials, tmp_path):
     assert record["peak_memory_mib"] > 100
     assert 0 < record["inference_ms"]["median"] <= record["inference_ms"]["p95"]
     assert record["resumed_from"] == 0
+    # 336 locations of 12 anchors in an image, few of which are on a digit.
+    assert 20 < record["background_per_foreground"] < 4032
     assert record["environment"]["device"].startswith("CPU")
     assert record["config"] == trial.config
     # The same again in its folder: it goes on from its last checkpoint, which is the end.
