@@ -1,5 +1,6 @@
 """Shared parts of the tests: a small detector and images with boxes."""
 
+import logging
 import os
 
 # Before torch. The tests run side by side, one process a core: threads that wait for each other on
@@ -28,6 +29,17 @@ ROOT = Path(__file__).parent.parent
 def root() -> Path:
     """The checkout."""
     return ROOT
+
+
+@pytest.fixture
+def logging_as_it_was(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Trainers set up loggers for good, and take them out of the reach of pytest."""
+    for name in ("detectron2", "fvcore"):
+        logger = logging.getLogger(name)
+        monkeypatch.setattr(logger, "propagate", True)
+        monkeypatch.setattr(logger, "handlers", [*logger.handlers])
+        # A trainer that finds it set leaves it alone.
+        caplog.set_level(logging.INFO, logger=name)
 
 
 @pytest.fixture

@@ -228,9 +228,8 @@ def test_missing_plugin_is_named(tmp_path):
         "-c", "import focal_det, detectron2.config as c; focal_det.add_config(c.get_cfg())",
         check=False, FOCAL_DET_PLUGINS=f"{tmp_path}/nowhere.py",
     )  # fmt: skip
-    assert (
-        f"FOCAL_DET_PLUGINS: '{tmp_path}/nowhere.py': {tmp_path}/nowhere.py is not a file" in output
-    )
+    path = f"{tmp_path}/nowhere.py"
+    assert f"FOCAL_DET_PLUGINS: {path!r}: ImportError: {path} is not a file" in output
 
 
 @pytest.mark.parametrize(

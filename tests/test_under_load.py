@@ -81,7 +81,7 @@ CLASSES_OF_MANY_STEPS = 100
 SIZES = [(16 * height, 16 * width) for height in range(1, 5) for width in range(1, 7)]
 """24 sizes of images: more than the detector keeps anchors for."""
 
-SCALARS_A_STEP = 8
+SCALARS_A_STEP = 14
 BYTES_A_SCALAR = 200
 """EventStorage keeps each scalar of each step: a tuple, its two numbers, and a place in a list."""
 

@@ -1,7 +1,6 @@
 """A data set for trainers."""
 
 import json
-import logging
 
 import numpy as np
 import pytest
@@ -11,14 +10,8 @@ from PIL import Image
 
 
 @pytest.fixture(autouse=True)
-def _logging_as_it_was(monkeypatch, caplog):
-    """Trainers set up loggers for good, and take them out of the reach of pytest."""
-    for name in ("detectron2", "fvcore"):
-        logger = logging.getLogger(name)
-        monkeypatch.setattr(logger, "propagate", True)
-        monkeypatch.setattr(logger, "handlers", [*logger.handlers])
-        # A trainer that finds it set leaves it alone.
-        caplog.set_level(logging.INFO, logger=name)
+def _quiet(logging_as_it_was):
+    """For every test of this folder."""
 
 
 @pytest.fixture

@@ -6,6 +6,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from focal_det.data import DigitsClutterSpec, generate, register_from_env
 
 
+@pytest.fixture(autouse=True)
+def _quiet(logging_as_it_was):
+    """For every test of this folder."""
+
+
 @pytest.fixture
 def few(tmp_path, monkeypatch):
     """``few``: six scenes to train on and four to evaluate on, named in FOCAL_DET_DATASETS."""
