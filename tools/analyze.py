@@ -31,6 +31,7 @@ from tqdm import tqdm
 from focal_det.analysis import records
 from focal_det.engine.checkpoint import Checkpointer
 from focal_det.lab.loss_cdf import LossCDF
+from focal_det.progress import bar_options
 
 
 def main() -> int:
@@ -47,7 +48,7 @@ def main() -> int:
         image_format=cfg.INPUT.FORMAT,
     )
     images = images[: args.images]
-    for record in tqdm(images, unit="image", dynamic_ncols=True):
+    for record in tqdm(images, unit="image", **bar_options()):
         cdf.add(*examples(model, mapper(record)))
     made = cdf.curves()
     made["images"] = len(images)

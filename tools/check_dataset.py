@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from focal_det.analysis.records import save
 from focal_det.data import checks
+from focal_det.progress import bar_options
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "Base-FocalRetinaNet.yaml"
@@ -98,9 +99,8 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def progress(items: Any, what: str, total: int) -> Any:
-    """A progress bar; where no one watches (a log file), few updates."""
-    interval = 0.2 if sys.stderr.isatty() else 15.0
-    return tqdm(items, what, total, unit="image", mininterval=interval, dynamic_ncols=True)
+    """A progress bar over images."""
+    return tqdm(items, what, total, unit="image", **bar_options())
 
 
 def print_report(report: dict[str, Any], show: int) -> None:

@@ -38,6 +38,7 @@ from focal_det.analysis import comparison, records, report
 from focal_det.engine import Trainer
 from focal_det.lab.trials import scale_schedule
 from focal_det.losses import build_loss
+from focal_det.progress import bar_options
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "demo" / "focal_retinanet_digits.yaml"
@@ -115,11 +116,6 @@ def remaining(elapsed: float, share: float) -> str:
     """Time left as ``m:ss``, after `elapsed` seconds for `share` (0 to 1) of the work."""
     seconds = round(elapsed * (1 - share) / share)
     return f"{seconds // 60}:{seconds % 60:02d}"
-
-
-def bar_options() -> dict[str, Any]:
-    """For tqdm: where no one watches (a log file), few updates."""
-    return {"mininterval": 0.2 if sys.stderr.isatty() else 15.0, "dynamic_ncols": True}
 
 
 @contextlib.contextmanager

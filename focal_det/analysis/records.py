@@ -193,3 +193,16 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(results, dict) or not {"settings", "pictures", "records"} <= results.keys():
         raise ValueError(f"{path} holds no results of a comparison of losses")
     return results
+
+
+def load_of_schema(path: Path, schema: int) -> dict[str, Any]:
+    """A record that says its schema.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is of another schema, which is named with the file.
+    """
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if record.get("schema") != schema:
+        raise ValueError(f"{path}: schema {record.get('schema')}, known is {schema}")
+    return record

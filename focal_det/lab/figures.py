@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from focal_det.analysis.drawing import STYLES, Style
+from focal_det.analysis.drawing import STYLES
 from focal_det.losses import CrossEntropyLoss, ElementwiseLoss, FocalLoss, FocalLossStar
 
 from .charts import SETTINGS
@@ -26,6 +26,7 @@ FORMS: dict[str, ElementwiseLoss] = {  # Figures 5 and 6, without alpha
     "FL*, gamma 4, beta 0": FocalLossStar(alpha=None, gamma=4.0, beta=0.0),
 }
 SIZE = (5.6, 4.2)
+MARKERS = ("o", "s")  # of the two families of Figure 2
 
 
 def figure_1() -> Figure:
@@ -102,7 +103,6 @@ def figure_7(rows: Iterable[Mapping[str, float]]) -> Figure:
         colors = mpl.colormaps["cividis"]
         for row in rows:
             loss = FocalLossStar(alpha=None, gamma=row["gamma"], beta=row["beta"])
-            # At the same height where x_t is 0, so that the shapes can be told apart.
             values = loss_of(loss, x_t)[0]
             axes.plot(x_t, values, color=colors(norm(row["AP"])), linewidth=1.8)
         values = loss_of(CrossEntropyLoss(), x_t)[0]
@@ -130,12 +130,12 @@ def figure_2(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
             hull = upper_hull([(point["time_ms"], point["AP"]) for point in points])
             axes.plot(*zip(*hull, strict=True), color="#999999", linestyle=(0, (4, 1.5)), zorder=1)
             families = sorted({_family(point["method"]) for point in points})
-            for family, style in zip(families, _styles(), strict=False):
+            for family, style, marker in zip(families, STYLES, MARKERS, strict=False):
                 members = [point for point in points if _family(point["method"]) == family]
                 axes.plot(
                     [point["time_ms"] for point in members],
                     [point["AP"] for point in members],
-                    MARKERS[families.index(family) % len(MARKERS)],
+                    marker,
                     color=style.color,
                     ms=7,
                 )
@@ -154,9 +154,6 @@ def figure_2(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
                 )
             axes.margins(0.18, 0.12)
     return figure
-
-
-MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 
 
 def _family(method: str) -> str:
@@ -223,12 +220,8 @@ def _label(axes: Any, title: str, x: str, y: str) -> None:
 
 
 def _draw_curves(axes: Any, x: Any, curves: Mapping[str, Any]) -> None:
-    for (name, y), style in zip(curves.items(), _styles(), strict=False):
+    for (name, y), style in zip(curves.items(), STYLES, strict=False):
         axes.plot(
             np.asarray(x), np.asarray(y), label=name, color=style.color, linestyle=style.dashes,
             linewidth=2,
         )  # fmt: skip
-
-
-def _styles() -> tuple[Style, ...]:
-    return STYLES

@@ -91,7 +91,6 @@ def run_trial(
         error = "a loss or gradient is not finite, see the log"
     rows = records.read_metrics(folder / "metrics.json")
     finished = datetime.datetime.now(datetime.timezone.utc)
-    nothing = dict.fromkeys(FACTS)
     return {
         "schema": SCHEMA,
         "key": trial.key,
@@ -103,7 +102,8 @@ def run_trial(
         "data": [list(cfg.DATASETS.TRAIN), list(cfg.DATASETS.TEST)],
         **records.average_precision([] if error else rows),
         "curves": records.curves(rows),
-        **(json.loads(measured.read_text("utf-8")) if measured.is_file() else nothing),
+        **dict.fromkeys(FACTS),
+        **(json.loads(measured.read_text("utf-8")) if measured.is_file() else {}),
         "environment": records.environment(cfg.MODEL.DEVICE),
         "finished": finished.isoformat(timespec="seconds"),
         "error": error,

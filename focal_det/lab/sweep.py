@@ -1,8 +1,6 @@
 """Many trials on Ray: on this machine, or on a cluster by its address, unchanged."""
 
-import json
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from focal_det.analysis import records
+from focal_det.progress import bar_options
 
 from .running import SCHEMA, run_trial
 from .trials import Trial
@@ -85,9 +84,7 @@ def _run(ray: Any, trials: Sequence[Trial], output: Path, cpus: int, gpus: int) 
         for trial in trials
     }
     total, finished, problems = sum(trial.iterations for trial in trials), 0, []
-    # Where no one watches (a log file), few updates.
-    interval = 0.2 if sys.stderr.isatty() else 15.0
-    with tqdm(total=total, unit="step", dynamic_ncols=True, mininterval=interval) as bar:
+    with tqdm(total=total, unit="step", **bar_options()) as bar:
         while running:
             done = f"{len(trials) - len(running)} of {len(trials)} trials"
             bar.set_description(done, refresh=False)
@@ -155,10 +152,6 @@ def load_records(output: Path, keys: Iterable[str]) -> dict[str, dict[str, Any]]
     found = {}
     for key in keys:
         path = output / "records" / f"{key}.json"
-        if not path.is_file():
-            continue
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record.get("schema") != SCHEMA:
-            raise ValueError(f"{path}: schema {record.get('schema')}, known is {SCHEMA}")
-        found[key] = record
+        if path.is_file():
+            found[key] = records.load_of_schema(path, SCHEMA)
     return found

@@ -1,7 +1,6 @@
 """Records of combinations, and the table that is made of them."""
 
 import datetime
-import json
 import os
 import platform
 import re
@@ -66,13 +65,7 @@ def load_all(folder: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: one is of another schema; the file is named.
     """
-    found = []
-    for path in sorted(folder.glob("*/*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record.get("schema") != SCHEMA:
-            raise ValueError(f"{path}: schema {record.get('schema')}, known is {SCHEMA}")
-        found.append(record)
-    return found
+    return [records.load_of_schema(path, SCHEMA) for path in sorted(folder.glob("*/*.json"))]
 
 
 def render(found: Iterable[dict[str, Any]]) -> str:
