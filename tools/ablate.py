@@ -60,7 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
     for table in args.tables:
         trials = by_table[table.name]
-        report(table, list(load_records(output, [trial.key for trial in trials]).values()), output)
+        found = load_records(output, [trial.key for trial in trials])
+        # Tables share settings: a record may say the label that another table has for it.
+        labelled = [{**found[x.key], "label": x.label} for x in trials if x.key in found]
+        report(table, labelled, output)
     for problem in problems:
         print(f"failed: {problem}", file=sys.stderr)
     return 1 if problems else 0

@@ -48,6 +48,15 @@ def test_a_sweep_runs_goes_on_and_makes_its_table(ablate, few, tmp_path):
     assert sorted((tmp_path / "out" / "records").iterdir()) == records
     assert records[0].stat().st_mtime_ns == before
 
+    # Another table with a setting that was run already has its result, under its own label.
+    other = "rows: [{label: slow, overrides: {SOLVER.BASE_LR: 0.01}}]"
+    (tmp_path / "other.yaml").write_text(other)
+    text = ablate("--table", "other.yaml", *words[2:], *batch)
+    assert "1 trials: 1 are done, 0 are to be run" in text
+    (row,) = json.loads((tmp_path / "out" / "other.json").read_text())["rows"]
+    assert row["label"] == "slow"
+    assert row["metrics"] == made["rows"][0]["metrics"]
+
 
 @pytest.mark.parametrize(
     ("words", "says"),
