@@ -1,4 +1,4 @@
-"""Data sets that exist in every process: the embedded one and those named in the environment.
+"""Data sets that exist in every process: the embedded ones and those named in the environment.
 
 Detectron2's catalogs are plain dictionaries of the running process. A set registered in a user's
 ``main()`` is therefore unknown to a spawned worker and to Detectron2's own ``train_net.py``.
@@ -21,7 +21,7 @@ from detectron2.utils.file_io import PathManager
 
 from focal_det.safe_loading.paths import check_inside
 
-from .digits_clutter import CLASS_NAMES, SPLITS, DigitsClutterSpec, generate
+from .digits_clutter import CLASS_NAMES, EMBEDDED, SPLITS, generate
 
 __all__ = [
     "ENV_VARIABLE",
@@ -36,45 +36,53 @@ _ENTRY_FORM = "name:annotations.json:image_dir"
 
 
 def register_all() -> None:
-    """Registers the embedded data set and those in ``FOCAL_DET_DATASETS``. Idempotent."""
-    register_digits_clutter()
+    """Registers the embedded data sets and those in ``FOCAL_DET_DATASETS``. Idempotent."""
+    for name in EMBEDDED:
+        register_digits_clutter(name=name)
     register_from_env()
 
 
-def register_digits_clutter(root: str | os.PathLike[str] | None = None) -> None:
-    """Registers ``digits_clutter_train`` and ``digits_clutter_val`` with the default spec.
+def register_digits_clutter(
+    root: str | os.PathLike[str] | None = None, name: str = "digits_clutter"
+) -> None:
+    """Registers ``<name>_train`` and ``<name>_val`` of an embedded data set.
 
     Nothing is written yet: the data set is generated when either of them is first loaded, once for
     all processes that ask for it. Class names, paths and evaluator type are in the metadata at
     once.
 
     Args:
-        root: directory of the data set. By default ``digits_clutter`` in the directory named by
+        root: directory of the data set. By default `name` in the directory named by
             ``DETECTRON2_DATASETS``, or in ``datasets`` where that is unset. Where the data set is
             registered already, None changes nothing.
+        name: a key of :data:`focal_det.data.digits_clutter.EMBEDDED`, which differ in how rare
+            digits are.
 
     Raises:
+        KeyError: there is no such embedded data set.
         ValueError: the data set is registered with another root.
     """
+    if name not in EMBEDDED:
+        raise KeyError(f"name must be one of {', '.join(EMBEDDED)}, got {name!r}")
     if root is None:
-        if all(f"digits_clutter_{split}" in DatasetCatalog for split in SPLITS):
+        if all(f"{name}_{split}" in DatasetCatalog for split in SPLITS):
             return
-        root = os.path.join(os.getenv("DETECTRON2_DATASETS", "datasets"), "digits_clutter")
+        root = os.path.join(os.getenv("DETECTRON2_DATASETS", "datasets"), name)
     root = os.path.abspath(os.path.expanduser(root))
     for split in SPLITS:
-        name = f"digits_clutter_{split}"
+        part = f"{name}_{split}"
         json_file = os.path.join(root, f"{split}.json")
         image_root = os.path.join(root, "images", split)
-        if name in DatasetCatalog:
-            known = MetadataCatalog.get(name).get("json_file")
+        if part in DatasetCatalog:
+            known = MetadataCatalog.get(part).get("json_file")
             if known != json_file:
                 raise ValueError(
-                    f"root is {root!r}, but {name} is registered with annotations {known!r}; "
+                    f"root is {root!r}, but {part} is registered with annotations {known!r}; "
                     "set DETECTRON2_DATASETS before focal_det is imported to place it elsewhere"
                 )
             continue
-        DatasetCatalog.register(name, functools.partial(_load_digits_clutter, root, split))
-        MetadataCatalog.get(name).set(
+        DatasetCatalog.register(part, functools.partial(_load_embedded, name, root, split))
+        MetadataCatalog.get(part).set(
             json_file=json_file,
             image_root=image_root,
             evaluator_type="coco",
@@ -82,13 +90,13 @@ def register_digits_clutter(root: str | os.PathLike[str] | None = None) -> None:
         )
 
 
-def _load_digits_clutter(root: str, split: str) -> list[dict[str, Any]]:
+def _load_embedded(name: str, root: str, split: str) -> list[dict[str, Any]]:
     """Detectron2's dataset dicts of a split, after generating the data set if need be."""
-    generate(DigitsClutterSpec(), root, progress=True)
+    generate(EMBEDDED[name], root, progress=True)
     records: list[dict[str, Any]] = load_coco_json(
         os.path.join(root, f"{split}.json"),
         os.path.join(root, "images", split),
-        f"digits_clutter_{split}",
+        f"{name}_{split}",
     )
     return records
 

@@ -15,10 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from detectron2.config import get_cfg
+from detectron2.structures import BoxMode
 from PIL import Image
 
+from focal_det.config import add_config
 from focal_det.data import DigitsClutterSpec, generate, render_scene
-from focal_det.data.digits_clutter import handwriting, scene, store
+from focal_det.data.checks import anchor_setup, foreground_ratio, usable_objects
+from focal_det.data.digits_clutter import EMBEDDED, handwriting, scene, store
 
 SMALL = DigitsClutterSpec(
     train_images=4, val_images=2, image_size=64, max_objects=3, max_digit_size=40, seed=5
@@ -357,6 +361,26 @@ def test_processes_that_start_at_once_share_one_set(tmp_path: Path) -> None:
     assert [worker.exitcode for worker in workers] == [0] * 4
     assert len(_files(tmp_path / "set")) == 4 + 2 + 3
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".partial")] == []
+
+
+def test_embedded_sets_span_two_orders_of_magnitude_of_imbalance(root: Path) -> None:
+    cfg = get_cfg()
+    add_config(cfg)
+    cfg.merge_from_file(str(root / "configs" / "demo" / "focal_retinanet_digits.yaml"))
+    setup = anchor_setup(cfg)
+    ratios = []
+    for spec in EMBEDDED.values():
+        images = []
+        for index in range(150):
+            annotations = render_scene(spec, "train", index)[1]
+            boxes = [{**item, "bbox_mode": BoxMode.XYWH_ABS, "iscrowd": 0} for item in annotations]
+            record = {"file_name": "x.png", "height": 128, "width": 128}
+            images.append({**record, "annotations": boxes})
+        ratios.append(foreground_ratio(usable_objects(images), setup)["background_per_foreground"])
+    assert 30 < ratios[0] < 60
+    assert 150 < ratios[1] < 300
+    assert 800 < ratios[2] < 1200
+    assert 3000 < ratios[3] < 7000
 
 
 def test_command_line(tmp_path: Path) -> None:

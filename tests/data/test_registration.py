@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -23,7 +24,7 @@ from focal_det.data import (
     register_from_env,
     registration,
 )
-from focal_det.data.digits_clutter import CLASS_NAMES
+from focal_det.data.digits_clutter import CLASS_NAMES, EMBEDDED
 
 TINY = DigitsClutterSpec(train_images=3, val_images=2, image_size=48, max_digit_size=30)
 
@@ -32,9 +33,10 @@ TINY = DigitsClutterSpec(train_images=3, val_images=2, image_size=48, max_digit_
 def _own_catalogs() -> Iterator[None]:
     """Each test starts without our sets; afterwards the catalogs are what they were."""
     data, metadata = dict(DatasetCatalog.data), dict(MetadataCatalog.data)
-    for name in ("digits_clutter_train", "digits_clutter_val"):
-        DatasetCatalog.data.pop(name, None)
-        MetadataCatalog.data.pop(name, None)
+    for name in EMBEDDED:
+        for split in ("train", "val"):
+            DatasetCatalog.data.pop(f"{name}_{split}", None)
+            MetadataCatalog.data.pop(f"{name}_{split}", None)
     yield
     DatasetCatalog.data = data
     MetadataCatalog.data = metadata
@@ -165,17 +167,18 @@ def test_metadata_is_known_before_anything_is_written(
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     register_all()
     register_all()
-    for split in ("train", "val"):
-        metadata = MetadataCatalog.get(f"digits_clutter_{split}")
+    assert sorted(EMBEDDED) == ["digits_clutter", "digits_crowded", "digits_rare", "digits_sparse"]
+    for name, split in itertools.product(EMBEDDED, ("train", "val")):
+        metadata = MetadataCatalog.get(f"{name}_{split}")
         assert metadata.thing_classes == list(CLASS_NAMES)
         assert metadata.evaluator_type == "coco"
-        assert metadata.json_file == str(tmp_path / "digits_clutter" / f"{split}.json")
-        assert metadata.image_root == str(tmp_path / "digits_clutter" / "images" / split)
+        assert metadata.json_file == str(tmp_path / name / f"{split}.json")
+        assert metadata.image_root == str(tmp_path / name / "images" / split)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_first_use_generates_the_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registration, "DigitsClutterSpec", lambda: TINY)
+    monkeypatch.setitem(registration.EMBEDDED, "digits_clutter", TINY)
     root = tmp_path / "new" / "digits"
     register_digits_clutter(root)
     records = DatasetCatalog.get("digits_clutter_train")
@@ -191,6 +194,15 @@ def test_first_use_generates_the_set(tmp_path: Path, monkeypatch: pytest.MonkeyP
     cfg.DATALOADER.NUM_WORKERS = 0
     loader = build_detection_test_loader(cfg, "digits_clutter_val")
     assert [tuple(batch[0]["image"].shape[-2:]) for batch in loader] == [(800, 800)] * 2
+
+
+def test_each_name_stands_for_its_own_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registration.EMBEDDED, "digits_rare", TINY)
+    register_digits_clutter(tmp_path / "rare", "digits_rare")
+    assert len(DatasetCatalog.get("digits_rare_train")) == TINY.train_images
+    assert DatasetCatalog.list().count("digits_clutter_train") == 0
+    with pytest.raises(KeyError, match="digits_sparse, digits_rare, got 'digits'"):
+        register_digits_clutter(name="digits")
 
 
 def test_a_set_made_with_other_knobs_is_not_used(tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ of ``sin``, ``exp`` or a matrix product depend on the machine.
 """
 
 from .scene import Annotation, render_scene
-from .spec import CLASS_NAMES, SPLITS, DigitsClutterSpec
+from .spec import CLASS_NAMES, EMBEDDED, SPLITS, DigitsClutterSpec
 from .store import generate
 
 __all__ = [
     "CLASS_NAMES",
+    "EMBEDDED",
     "SPLITS",
     "Annotation",
     "DigitsClutterSpec",

@@ -6,14 +6,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .spec import SPLITS, DigitsClutterSpec, knobs
+from .spec import EMBEDDED, SPLITS, DigitsClutterSpec, knobs
 from .store import generate
 
 
 def _dataset_entries(root: Path) -> str:
     """A value of FOCAL_DET_DATASETS that registers both splits under the directory's name."""
-    # The name digits_clutter itself stands for the default spec, which is always registered.
-    name = "custom_digits_clutter" if root.name == "digits_clutter" else root.name
+    # The names of the embedded sets stand for specs of their own, which are always registered.
+    name = f"custom_{root.name}" if root.name in EMBEDDED else root.name
     return ",".join(
         f"{name}_{split}:{root / split}.json:{root / 'images' / split}" for split in SPLITS
     )

@@ -94,3 +94,20 @@ class DigitsClutterSpec:
 def knobs() -> dict[str, type]:
     """Name and type (int or float) of each field of the spec, in order."""
     return typing.get_type_hints(DigitsClutterSpec)
+
+
+# The embedded data sets by name. The demo's anchors meet some 45, 220, 1,000 and 4,800 background
+# ones to each on a digit: four steps over two orders of magnitude, whose scenes are alike
+# otherwise. The rarer digits are, the more scenes it takes to score as many.
+EMBEDDED = {
+    "digits_crowded": DigitsClutterSpec(
+        min_objects=20, max_objects=30, empty_fraction=0.0, val_images=100
+    ),
+    "digits_clutter": DigitsClutterSpec(),
+    "digits_sparse": DigitsClutterSpec(
+        min_objects=1, max_objects=2, empty_fraction=0.5, train_images=4000, val_images=600
+    ),
+    "digits_rare": DigitsClutterSpec(
+        min_objects=1, max_objects=1, empty_fraction=0.8, train_images=4000, val_images=1500
+    ),
+}
