@@ -25,12 +25,29 @@ def read_truth(cfg: CfgNode) -> dict[str, Any]:
         cfg: whose first test set is meant, in COCO's format.
 
     Returns:
-        ``objects``, ``class_names`` by category id, ``num_images``, and ``pictures``: the images to
-        show with their objects, ``file`` being their place on disk.
+        As :func:`load_truth`.
     """
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         DatasetCatalog.get(name)
-    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
+    return load_truth(cfg.DATASETS.TEST[0])
+
+
+def load_truth(dataset: str, num_pictures: int = NUM_PICTURES) -> dict[str, Any]:
+    """What a data set's files hold; nothing is made or fetched.
+
+    Args:
+        dataset: its registered name; in COCO's format.
+        num_pictures: how many images to show.
+
+    Returns:
+        ``objects``, ``class_names`` by category id, ``num_images``, and ``pictures``: the images to
+        show with their objects, ``file`` being their place on disk.
+
+    Raises:
+        AttributeError: its metadata name no ``json_file`` or no ``image_root``.
+        OSError: the annotations cannot be read.
+    """
+    metadata = MetadataCatalog.get(dataset)
     coco = json.loads(Path(metadata.json_file).read_text("utf-8"))
     objects = [
         {key: item[key] for key in ("image_id", "category_id", "bbox")}
@@ -48,7 +65,7 @@ def read_truth(cfg: CfgNode) -> dict[str, Any]:
                 "file": str(Path(metadata.image_root) / files[image_id]),
                 "objects": [item for item in objects if item["image_id"] == image_id],
             }
-            for image_id in matching.spread_by_count(files, objects, NUM_PICTURES)
+            for image_id in matching.spread_by_count(files, objects, num_pictures)
         ],
     }
 
@@ -124,7 +141,7 @@ def make_record(
         **records.average_precision(rows if evaluated else []),
         "curves": records.curves(rows),
         "operating_point": point,
-        "pictures": _verdicts(detections, truth["pictures"], point) if evaluated else [],
+        "pictures": verdicts(detections, truth["pictures"], point) if evaluated else [],
         "error": error,
     }
 
@@ -143,15 +160,21 @@ def _describe(cfg: CfgNode) -> dict[str, Any]:
     }
 
 
-def _verdicts(
+def verdicts(
     detections: Sequence[dict[str, Any]],
     pictures: Sequence[dict[str, Any]],
     point: dict[str, float] | None,
 ) -> list[dict[str, Any]]:
-    """For each picture, its detections and objects as :func:`matching.judge` sorts them."""
+    """For each picture, its detections and objects as :func:`matching.judge` sorts them.
+
+    Args:
+        detections: of all images.
+        pictures: of :func:`load_truth`.
+        point: of :func:`matching.operating_point`, below whose threshold detections are left out.
+    """
     threshold = point["threshold"] if point else None
-    verdicts = []
+    judged = []
     for picture in pictures:
         here = [item for item in detections if item["image_id"] == picture["image_id"]]
-        verdicts.append(matching.judge(here, picture["objects"], threshold))
-    return verdicts
+        judged.append(matching.judge(here, picture["objects"], threshold))
+    return judged

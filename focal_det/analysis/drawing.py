@@ -5,6 +5,7 @@ line styles say the same a second time.
 """
 
 import io
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ MISSED = ("#ffffff", ":")
 PICTURE_SIDE = 360  # pixels of the shorter side of a drawn picture
 LABEL_SIZE = 14  # points; pictures are shown at half their size
 FEW_POINTS = 15
+SHORT_NAME, LONGEST_LINE = 26, 52  # characters of a legend's entry: two beside each other; a line
 
 
 def line_chart(
@@ -68,19 +70,23 @@ def line_chart(
         "font.size": 11,
         "svg.fonttype": "path",
         "svg.hashsalt": title,  # the same curves give the same bytes
+        "text.parse_math": False,  # a name may hold dollars
         "axes.spines.top": False,
         "axes.spines.right": False,
     }
+    names = ["\n".join(textwrap.wrap(line[0], LONGEST_LINE)) or " " for line in lines]
+    columns = 2 if all(len(name) <= SHORT_NAME for name in names) else 1
+    extra = sum(1 + name.count("\n") for name in names) - 3 if columns == 1 else 0
     with mpl.rc_context(settings):
-        figure = Figure(figsize=(5.2, 3.7), layout="constrained")
+        figure = Figure(figsize=(5.2, 3.7 + 0.2 * max(0, extra)), layout="constrained")
         axes = figure.add_subplot()
-        for name, style, iterations, values in lines:
+        handles = []
+        for _, style, iterations, values in lines:
             heights = np.array(values, dtype=float)  # None becomes NaN, which leaves a gap
             marker = "o" if len(heights) < FEW_POINTS else None
-            axes.plot(
+            handles += axes.plot(
                 iterations,
                 heights,
-                label=name,
                 color=style.color,
                 linestyle=style.dashes,
                 linewidth=2,
@@ -103,8 +109,15 @@ def line_chart(
         axes.set_ylabel(unit)
         axes.grid(True, color="#dddddd", linewidth=0.7)
         axes.set_axisbelow(True)
+        # Named here: matplotlib leaves out a label that begins with an underscore.
         figure.legend(
-            loc="outside lower center", ncols=2, frameon=False, fontsize=10, handlelength=3.2
+            handles,
+            names,
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+            fontsize=10,
+            handlelength=3.2,
         )
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})

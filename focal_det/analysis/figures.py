@@ -12,6 +12,9 @@ from PIL import Image
 from . import drawing, page, records
 
 MAX_COLUMNS = 6  # of the picture wall; more losses go to the next line
+MAX_LINES = len(drawing.STYLES)  # of a chart; more losses get a chart of their own
+SHARE_TOP = 102.0
+TOP = page.Place()
 
 CHARTS = (
     (
@@ -36,37 +39,97 @@ CHARTS = (
         "is logarithmic.",
     ),
 )
+UNPARTED = (
+    "loss_cls",
+    "Classification loss",
+    "loss",
+    "Foreground and background together, as far as a detector logs it as loss_cls.",
+)
 
 
-def charts(runs: Sequence[dict[str, Any]]) -> str:
-    """The section with the curves; nothing if no run has any."""
+def charts(runs: Sequence[dict[str, Any]], place: page.Place = TOP) -> str:
+    """The section with the curves; nothing if no run has any.
+
+    Args:
+        runs: with ``loss``, their name, and ``curves``.
+        place: of the section.
+    """
     figures = []
-    for key, title, unit, caption in CHARTS:
-        lines = []
-        for i, run in enumerate(runs):
-            values = run["curves"][key] if key != "share" else _percent_background(run)
-            if any(value is not None for value in values):
-                style = drawing.STYLES[i % len(drawing.STYLES)]
-                lines.append((run["loss"], style, run["curves"]["iteration"], values))
-        if not lines:
-            continue
-        is_share = key == "share"
-        chart = drawing.line_chart(
-            lines, title=title, unit=unit, log=not is_share, top=102 if is_share else None
-        )
-        alt = f"{title} over the iterations. " + _last_values(lines)
-        figures.append(
-            f"<figure>{page.image(chart, 'image/svg+xml', alt)}"
-            f"<figcaption>{escape(caption)}</figcaption></figure>"
-        )
+    for start in range(0, len(runs), MAX_LINES):
+        part = runs[start : start + MAX_LINES]
+        some = f", {start + 1} to {start + len(part)} of {len(runs)}"
+        some = some if len(runs) > MAX_LINES else ""
+        figures += curve_figures(part, some)
     if not figures:
         return ""
-    return (
-        "<section>\n<h2>Where the loss comes from</h2>\n"
-        '<p>Each point is the median of the 20 steps before it.</p>\n<div class="charts">\n'
-        + "\n".join(figures)
-        + "\n</div>\n</section>"
+    return place.section(
+        "Where the loss comes from",
+        "<p>Each point is the median of the 20 steps before it.</p>\n" + side_by_side(figures),
     )
+
+
+def curve_figures(runs: Sequence[dict[str, Any]], some: str = "") -> list[str]:
+    """A chart for each of :data:`CHARTS` that any run has values of.
+
+    Args:
+        runs: at most as many as there are styles.
+        some: which runs these are, where others have charts of their own.
+    """
+    figures = []
+    # A detector that does not part its loss has this one curve.
+    parted = all(_has(run, "foreground") for run in runs if _has(run, "loss_cls"))
+    for key, title, unit, caption in CHARTS if parted else (*CHARTS, UNPARTED):
+        lines = []
+        for style, run in zip(drawing.STYLES, runs, strict=False):
+            if _has(run, key):
+                lines.append((run["loss"], style, run["curves"]["iteration"], _values(run, key)))
+        if lines:
+            top = SHARE_TOP if key == "share" else None
+            figures.append(chart(lines, title + some, unit, caption, top))
+    return figures
+
+
+def chart(
+    lines: Sequence[tuple[str, drawing.Style, Sequence[float], Sequence[float | None]]],
+    title: str,
+    unit: str,
+    caption: str,
+    top: float | None = None,
+    *,
+    of: str = "",
+) -> str:
+    """One chart with its caption.
+
+    Args:
+        lines: of :func:`drawing.line_chart`, each with a value at least.
+        title: what is shown.
+        unit: of the vertical axis, which is logarithmic without `top`.
+        caption: plain text.
+        top: upper end of the vertical axis.
+        of: what the curves are of, for those who do not see where the chart stands.
+    """
+    picture = drawing.line_chart(lines, title=title, unit=unit, log=top is None, top=top)
+    alt = f"{title}{of} over the iterations. " + _last_values(lines)
+    return (
+        f"<figure>{page.image(picture, 'image/svg+xml', alt)}"
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def side_by_side(figures: Sequence[str]) -> str:
+    """Charts in as many columns as fit."""
+    return '<div class="charts">\n' + "\n".join(figures) + "\n</div>"
+
+
+def _values(run: dict[str, Any], key: str) -> Sequence[float | None]:
+    if key == "share":
+        return _percent_background(run)
+    values: Sequence[float | None] = run["curves"][key]
+    return values
+
+
+def _has(run: dict[str, Any], key: str) -> bool:
+    return any(value is not None for value in _values(run, key))
 
 
 def _percent_background(run: dict[str, Any]) -> list[float | None]:
@@ -83,36 +146,53 @@ def _last_values(lines: Sequence[tuple[str, Any, Any, Sequence[float | None]]]) 
     return "At the end: " + ", ".join(ends) + "."
 
 
-def pictures(results: dict[str, Any], folder: Path) -> str:
+def pictures(results: dict[str, Any], folder: Path, place: page.Place = TOP) -> str:
     """The section with the picture wall; nothing without pictures or detections.
 
     Args:
         results: see :mod:`focal_det.analysis.report`.
-        folder: where the files of ``pictures`` are.
+        folder: where the files of ``pictures`` are; one that is missing is left out, and counted.
+        place: of the section.
     """
-    shown = results["pictures"]
     runs = [run for run in results["records"] if run["pictures"]]
-    if not shown or not runs:
+    if not results["pictures"] or not runs:
         return ""
     names = {int(key): name for key, name in results["settings"]["class_names"].items()}
-    walls = []
-    for index, picture in enumerate(shown):
-        pixels = np.asarray(Image.open(folder / picture["file"]).convert("RGB"))
-        figures = [_truth_figure(pixels, picture, names)]
-        figures += [_verdict_figure(pixels, run, run["pictures"][index], names) for run in runs]
-        columns = f'style="--columns:{min(len(figures), MAX_COLUMNS)}"'
-        walls.append(f'<div class="wall" {columns}>\n' + "\n".join(figures) + "\n</div>")
-    return (
-        "<section>\n<h2>What the detectors see</h2>\n"
+    walls, missing = [], 0
+    for index, picture in enumerate(results["pictures"]):
+        if (folder / picture["file"]).is_file():
+            walls.append(_wall(folder, picture, index, runs, names))
+        else:
+            missing += 1
+    if missing:
+        count = page.count(missing, "image is", "images are")
+        walls.append(f"<p>{count} not shown: there is no such file any more.</p>")
+    return place.section(
+        "What the detectors see",
         "<p>Images of the validation set from the emptiest to the fullest, evenly spaced; the "
         "detections played no part in the choice. A detection is right if it has an object's class "
         "and overlaps it by half or more (IoU 0.5).</p>\n"
         + _legend()
         + "\n"
         + "\n".join(walls)
-        + _thresholds(runs)
-        + "\n</section>"
+        + _thresholds(runs, place),
     )
+
+
+def _wall(
+    folder: Path,
+    picture: dict[str, Any],
+    index: int,
+    runs: Sequence[dict[str, Any]],
+    names: dict[int, str],
+) -> str:
+    """One image: its objects, and what each run makes of it."""
+    pixels = np.asarray(Image.open(folder / picture["file"]).convert("RGB"))
+    figures = [_truth_figure(pixels, picture, names)]
+    figures += [_verdict_figure(pixels, run, run["pictures"][index], names) for run in runs]
+    lines = -(-len(figures) // MAX_COLUMNS)
+    columns = f'style="--columns:{-(-len(figures) // lines)}"'
+    return f'<div class="wall" {columns}>\n' + "\n".join(figures) + "\n</div>"
 
 
 def _truth_figure(pixels: np.ndarray, picture: dict[str, Any], names: dict[int, str]) -> str:
@@ -158,7 +238,7 @@ def _legend() -> str:
     return f'<ul class="legend">\n{items}</ul>'
 
 
-def _thresholds(runs: Sequence[dict[str, Any]]) -> str:
+def _thresholds(runs: Sequence[dict[str, Any]], place: page.Place) -> str:
     rows = []
     for run in runs:
         point = run["operating_point"]
@@ -167,15 +247,15 @@ def _thresholds(runs: Sequence[dict[str, Any]]) -> str:
         else:
             cells = [f"{100 * point['threshold']:.0f}%"]
             cells += [f"{100 * point[key]:.0f}%" for key in ("precision", "recall", "f1")]
-        rows.append(page.row(f"<code>{escape(run['loss'])}</code>", cells))
+        rows.append(page.row(escape(run["loss"]), cells))
     return (
         "<p>Losses differ in how high the scores are that they lead to, so that one fixed "
         "threshold would be unfair to some. For each detector the boxes are drawn whose score "
         "reaches the value at which its F1 over the whole validation set is highest. AP needs no "
         "threshold.</p>\n"
-        + page.table(
+        + place.table(
             "From which score on boxes are drawn, and how good these are over all images",
-            ("Loss", "Score from", "Precision", "Recall", "F1"),
+            ("Detector", "Score from", "Precision", "Recall", "F1"),
             rows,
         )
     )

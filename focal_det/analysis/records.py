@@ -202,7 +202,8 @@ def load_of_schema(path: Path, schema: int) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is of another schema, which is named with the file.
     """
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if record.get("schema") != schema:
-        raise ValueError(f"{path}: schema {record.get('schema')}, known is {schema}")
-    return record
+    record = json.loads(path.read_text(encoding="utf-8"))
+    found = record.get("schema") if isinstance(record, dict) else None
+    if found != schema:
+        raise ValueError(f"{path}: schema {found}, known is {schema}")
+    return dict(record)

@@ -57,23 +57,41 @@ def write_report(results: dict[str, Any], folder: Path) -> Path:
 
 def render(results: dict[str, Any], folder: Path) -> str:
     """The page as a string; arguments as for :func:`write_report`."""
+    name = title(results)
+    header = f"<h1>{escape(name)}</h1>\n" + introduction(results)
+    main = [*sections(results, folder), _next_steps(results["settings"])]
+    return page.page(name, header, "\n".join(main), _footer(results))
+
+
+def title(results: dict[str, Any]) -> str:
+    """What was compared, as plain text."""
+    count = page.count(len(results["records"]), "classification loss", "classification losses")
+    return f"One detector, {count}"
+
+
+def sections(results: dict[str, Any], folder: Path, place: page.Place = figures.TOP) -> list[str]:
+    """What came of the comparison: table, losses, curves and pictures, some maybe empty.
+
+    Args:
+        results: see above.
+        folder: where the files of ``pictures`` are.
+        place: of the sections.
+    """
     settings, runs = results["settings"], results["records"]
-    title = f"One detector, {page.count(len(runs), 'classification loss', 'classification losses')}"
-    sections = [
-        _results(runs, settings),
-        _losses(runs),
-        figures.charts(runs),
-        figures.pictures(results, folder),
-        _next_steps(settings),
+    return [
+        _results(runs, settings, place),
+        _losses(runs, place),
+        figures.charts(runs, place),
+        figures.pictures(results, folder, place),
     ]
-    return page.page(title, _header(title, runs, settings), "\n".join(sections), _footer(results))
 
 
-def _header(title: str, runs: Sequence[dict[str, Any]], settings: dict[str, Any]) -> str:
+def introduction(results: dict[str, Any]) -> str:
+    """What was done, and how rare foreground was."""
+    settings, runs = results["settings"], results["records"]
     iterations, batch, data = (settings[k] for k in ("iterations", "images_per_step", "test"))
     wanted = DATA_SETS.get(data, f"the objects of {data}")
     return (
-        f"<h1>{escape(title)}</h1>\n"
         f'<p class="lead">A dense detector learned to find {escape(wanted)}, once with each loss: '
         "from the same initial weights, on the same images in the same order, for "
         f"{iterations:,} steps of {page.count(batch, 'image', 'images')}. "
@@ -101,7 +119,7 @@ def _imbalance(runs: Sequence[dict[str, Any]]) -> str:
     return ""
 
 
-def _results(runs: Sequence[dict[str, Any]], settings: dict[str, Any]) -> str:
+def _results(runs: Sequence[dict[str, Any]], settings: dict[str, Any], place: page.Place) -> str:
     best = records.best(runs)
     highest = max((run["metrics"]["AP"] or 0.0 for run in runs), default=0.0)
     rows = [
@@ -113,16 +131,15 @@ def _results(runs: Sequence[dict[str, Any]], settings: dict[str, Any]) -> str:
         f"Box AP in percent on {settings['test']} ({settings['test_images']:,} images, "
         f"{settings['test_objects']:,} objects)"
     )
-    return (
-        f"<section>\n<h2>Result</h2>\n<p>{_verdict(runs)}</p>\n"
-        + page.table(caption, head, rows)
+    return place.section(
+        "Result",
+        f"<p>{_verdict(runs)}</p>\n"
+        + place.table(caption, head, rows)
         + '\n<p class="soft">AP is the mean of the average precision at the overlaps .50, .55, … '
         ".95, AP50 and AP75 that at a single one; s, m and l stand for objects below 32², up to "
         "96² and above 96² pixels, as COCO counts. A dash means that there was nothing to score: "
         "no object of that size, or no detection that reached "
-        "<code>MODEL.RETINANET.SCORE_THRESH_TEST</code>.</p>\n"
-        + _per_class(runs, settings)
-        + "\n</section>"
+        "<code>MODEL.RETINANET.SCORE_THRESH_TEST</code>.</p>\n" + _per_class(runs, settings, place),
     )
 
 
@@ -165,7 +182,7 @@ def _result_row(run: dict[str, Any], color: str, is_best: bool, highest: float) 
     return page.row(name + badge, cells, css_class="best" if is_best else "")
 
 
-def _per_class(runs: Sequence[dict[str, Any]], settings: dict[str, Any]) -> str:
+def _per_class(runs: Sequence[dict[str, Any]], settings: dict[str, Any], place: page.Place) -> str:
     names = list(settings["objects_per_class"])
     if not any(run["per_class"] for run in runs):
         return ""
@@ -179,12 +196,12 @@ def _per_class(runs: Sequence[dict[str, Any]], settings: dict[str, Any]) -> str:
     ]
     return (
         "<details>\n<summary>AP of each class</summary>\n"
-        + page.table("AP in percent by class", ("Loss", *names), [counts, *rows])
+        + place.table("AP in percent by class", ("Loss", *names), [counts, *rows])
         + "\n</details>"
     )
 
 
-def _losses(runs: Sequence[dict[str, Any]]) -> str:
+def _losses(runs: Sequence[dict[str, Any]], place: page.Place) -> str:
     items = []
     for i, run in enumerate(runs):
         color = drawing.STYLES[i % len(drawing.STYLES)].color
@@ -194,18 +211,20 @@ def _losses(runs: Sequence[dict[str, Any]]) -> str:
             f"<dd>{escape(text)}</dd>"
             f'<dd class="soft"><code>{escape(run["description"])}</code></dd></div>'
         )
-    return (
-        "<section>\n<h2>What the losses do</h2>\n"
-        '<dl class="losses">\n' + "\n".join(items) + "\n</dl>\n</section>"
+    return place.section(
+        "What the losses do", '<dl class="losses">\n' + "\n".join(items) + "\n</dl>"
     )
 
 
 def _next_steps(settings: dict[str, Any]) -> str:
     blocks = "".join(
-        f"<h3>{escape(title)}</h3>\n<pre><code>{escape(command)}</code></pre>\n"
-        for title, command in next_commands(settings)
+        f"<h3>{escape(what)}</h3>\n"
+        # Long lines scroll by themselves: whoever has no mouse must get there.
+        f'<pre tabindex="0" role="region" aria-label="{escape(what)}: command"><code>'
+        f"{escape(command)}</code></pre>\n"
+        for what, command in next_commands(settings)
     )
-    return f"<section>\n<h2>Go on from here</h2>\n{blocks}</section>"
+    return figures.TOP.section("Go on from here", blocks)
 
 
 def next_commands(settings: dict[str, Any]) -> list[tuple[str, str]]:
