@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from detectron2.config import LazyConfig, get_cfg
+from written_records import make_trial, write_sweep
 
 import focal_det
 from focal_det.data import DigitsClutterSpec, generate
@@ -23,15 +24,17 @@ SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n"
 COMMANDS = [line.split("  #")[0].strip() for line in SHELL.splitlines()]
 COMMANDS = [line for line in COMMANDS if line and not line.startswith("#")]
 TRAININGS = [line for line in COMMANDS if "train_net.py" in line]
-SWEEPS = [line for line in COMMANDS if re.search(r"ablate|benchmark_detectors", line)]
+REPORTS = [line for line in COMMANDS if "tools/report.py" in line]
+SWEEPS = [line for line in COMMANDS if re.search(r"tools/(?:ablate|benchmark_detectors)", line)]
 
 
 def test_every_command_is_of_a_kind_that_is_tested():
     known = ("make demo", "make test", "export FOCAL_DET_DATASETS=", "python -m focal_det.data")
-    tested = TRAININGS + SWEEPS
+    tested = [*TRAININGS, *SWEEPS, *REPORTS]
     others = [line for line in COMMANDS if line not in tested and not line.startswith(known)]
     assert others == []
     assert len(SWEEPS) == 3
+    assert len(REPORTS) == 1
     assert len(TRAININGS) >= 8
 
 
@@ -72,6 +75,19 @@ def test_a_sweep_is_understood_up_to_its_last_trial(command, tmp_path, monkeypat
     seeds = int(words[words.index("--seeds") + 1])
     assert len(re.findall(r"^[0-9a-f]{12}  table ", done.stdout, re.M)) % seeds == 0
     assert f"seed {seeds}: " in done.stdout
+
+
+@pytest.mark.parametrize("command", REPORTS)
+def test_a_page_is_made_of_what_the_sweeps_write(command, tmp_path):
+    words = shlex.split(command)
+    assert words == ["python", "tools/report.py", "output/ablate"]  # where tools/ablate.py writes
+    assert 'default="output/ablate"' in (ROOT / "tools" / "ablate.py").read_text()
+    write_sweep(tmp_path / words[2], [make_trial()])
+    done = subprocess.run(
+        [sys.executable, ROOT / words[1], words[2]], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / words[2] / "summary.html").is_file()
 
 
 def is_plugin_key(options, word):

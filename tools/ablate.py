@@ -80,17 +80,9 @@ def report(table: Table, found: list[dict[str, object]], output: Path) -> None:
     (output / f"{table.name}.md").write_text(text, encoding="utf-8")
     charts.save_figure(charts.draw_table(made), output / table.name)
     if table.speed:
-        points = [
-            {
-                "method": row["label"],
-                "AP": row["metrics"]["AP"]["mean"],
-                "time_ms": row["inference_ms"],
-            }
-            for row in made["rows"]
-            if row["inference_ms"] is not None
-        ]
-        picture = figures.figure_2({f"{', '.join(made['devices'])}": points})
-        charts.save_figure(picture, output / f"{table.name}_speed")
+        picture = figures.speed_picture(made)
+        if picture is not None:
+            charts.save_figure(picture, output / f"{table.name}_speed")
     print(f"\n{text}")
 
 

@@ -1,6 +1,7 @@
 """A summary as a picture: our seeds on the left, the paper's numbers on the right."""
 
 import io
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -14,6 +15,7 @@ from focal_det.files import write_whole
 from .summary import RANKED
 
 OURS, PAPERS = STYLES[3].color, STYLES[1].color
+LONGEST_LINE = 44  # characters of a row's label
 SETTINGS: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -45,7 +47,7 @@ def draw_table(summary: dict[str, Any]) -> Figure:
                 axes[0].plot(metric["mean"], height, "|", color=OURS, ms=14, mew=2.5)
             if compared and RANKED in row["paper"]:
                 axes[1].plot(row["paper"][RANKED], height, "D", color=PAPERS, ms=6)
-        axes[0].set_yticks(range(len(rows)), [row["label"] for row in rows])
+        axes[0].set_yticks(range(len(rows)), [_broken(row["label"]) for row in rows])
         axes[0].set_ylim(-0.6, len(rows) - 0.4)
         titles = ("measured: seeds and mean", "the paper, COCO")
         for axis, title in zip(axes, titles, strict=False):
@@ -54,8 +56,18 @@ def draw_table(summary: dict[str, Any]) -> Figure:
             axis.set_title(title, loc="left", fontsize=10)
             axis.grid(True, color="#dddddd", linewidth=0.7)
             axis.set_axisbelow(True)
-        figure.suptitle(summary["title"], x=0.01, ha="left", fontsize=12, fontweight="bold")
+        figure.suptitle(plain(summary["title"]), x=0.01, ha="left", fontsize=12, fontweight="bold")
     return figure
+
+
+def plain(text: str) -> str:
+    """Text for matplotlib, which would take what is between two dollars for a formula."""
+    return text.replace("$", r"\$")
+
+
+def _broken(label: str) -> str:
+    """A label in lines that leave room for the picture."""
+    return plain("\n".join(textwrap.wrap(label, LONGEST_LINE)))
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -65,12 +77,25 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure: of this module.
         path: without an ending.
     """
+    for kind in ("svg", "png"):
+        content = render(figure, kind, path.name)
+        write_whole(path.with_name(f"{path.name}.{kind}"), _writer(content))
+
+
+def render(figure: Figure, kind: str, name: str) -> bytes:
+    """A figure as the content of a file; the same figure gives the same bytes.
+
+    Args:
+        figure: of this module.
+        kind: ``svg`` or ``png``.
+        name: of the figure.
+    """
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    buffer = io.BytesIO()
     # A fixed salt and no date, so that nothing but the data can change the files.
-    with mpl.rc_context({**SETTINGS, "svg.hashsalt": path.name}):
-        for kind, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
-            write_whole(path.with_name(f"{path.name}.{kind}"), _writer(buffer.getvalue()))
+    with mpl.rc_context({**SETTINGS, "svg.hashsalt": name}):
+        figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
+    return buffer.getvalue()
 
 
 def _writer(content: bytes) -> Callable[[IO[bytes]], object]:

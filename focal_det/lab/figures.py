@@ -16,7 +16,7 @@ from torch import Tensor
 from focal_det.analysis.drawing import STYLES
 from focal_det.losses import CrossEntropyLoss, ElementwiseLoss, FocalLoss, FocalLossStar
 
-from .charts import SETTINGS
+from .charts import SETTINGS, plain
 
 GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)  # arXiv 1708.02002, Figure 1
 FORMS: dict[str, ElementwiseLoss] = {  # Figures 5 and 6, without alpha
@@ -154,6 +154,24 @@ def figure_2(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
                 )
             axes.margins(0.18, 0.12)
     return figure
+
+
+def speed_picture(summary: Mapping[str, Any]) -> Figure | None:
+    """Figure 2 of a sweep's own rows; None where none has both an AP and a time.
+
+    Args:
+        summary: of :func:`focal_det.lab.summary.summarise`.
+    """
+    points = [
+        {
+            "method": plain(row["label"]),
+            "AP": row["metrics"]["AP"]["mean"],
+            "time_ms": row["inference_ms"],
+        }
+        for row in summary["rows"]
+        if row["inference_ms"] is not None and row["metrics"]["AP"]["mean"] is not None
+    ]
+    return figure_2({plain(", ".join(summary["devices"])): points}) if points else None
 
 
 def _family(method: str) -> str:

@@ -51,18 +51,24 @@ def render(summary: dict[str, Any]) -> str:
     lines += ["", f"{summary['verdict']}{order}", ""]
     lines += [f"Mean ± standard deviation over seeds; {made}, {_list(summary['devices'])}."]
     if summary["speed"]:
-        lines += ["", _equality(summary["unequal"])]
+        lines += ["", equality(summary["unequal"], "**")]
     return "\n".join(lines) + "\n"
 
 
-def _equality(unequal: dict[str, list[str]]) -> str:
+def equality(unequal: dict[str, list[str]], mark: str = "") -> str:
+    """Whether rows that are compared by their speed agree in all settings.
+
+    Args:
+        unequal: of :func:`focal_det.lab.summary.unequal_settings`.
+        mark: put around the sentence that they do not.
+    """
     if not unequal:
         return (
             "All rows agree in data, loaders, input, schedule, backbone, pyramid and first "
             "weights. Times and memory are medians over seeds."
         )
     named = "; ".join(f"{key}: {' or '.join(values)}" for key, values in unequal.items())
-    return f"**The rows do not agree in all settings.** {named}."
+    return f"{mark}The rows do not agree in all settings.{mark} {named}."
 
 
 def _with_spread(metric: dict[str, Any]) -> str:
