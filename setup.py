@@ -46,7 +46,15 @@ setup(
             "termcolor>=1.1",
         ],
         "lab": ["ray>=2.9", "scipy"],
-        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"],
+        "dev": [
+            "axe-playwright-python",
+            "hypothesis",
+            "mypy",
+            "playwright",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3",
