@@ -2,13 +2,19 @@
 
     python tools/analyze.py loss-cdf --config-file output/run/config.yaml \\
         MODEL.WEIGHTS output/run/model_final.pth
+    python tools/analyze.py imbalance --data cells --config-file configs/my_base.yaml
 
 loss-cdf: which share of the focal loss the easiest examples make up, foreground and background
 apart, for several gamma (arXiv 1708.02002, Figure 4). Streams over the images of DATASETS.TEST, in
 memory that does not depend on their number. Writes OUTPUT, a JSON file that tools/plot.py draws.
+
+imbalance: how many background anchors a data set has to a foreground one, with the anchors and
+image size of a config, and which loss to try first where foreground is as rare as that, by the
+measurements of docs/results.md.
 """
 
 import argparse
+import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -22,21 +28,34 @@ with warnings.catch_warnings():
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, DatasetMapper, get_detection_dataset_dicts
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from torch import Tensor
 from tqdm import tqdm
 
 from focal_det.analysis import records
+from focal_det.data.checks import anchor_setup
 from focal_det.engine.checkpoint import Checkpointer
+from focal_det.lab import imbalance
 from focal_det.lab.loss_cdf import LossCDF
+from focal_det.lab.running import count_anchors
 from focal_det.progress import bar_options
 
+ROOT = Path(__file__).resolve().parent.parent
+BASE = ROOT / "configs" / "Base-FocalRetinaNet.yaml"
+MEASURED = ROOT / "docs" / "figures" / "figure_imbalance.json"
 
-def main() -> int:
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    args = parse()
+    args = parse(argv)
+    status: int = args.run(args)
+    return status
+
+
+def find_loss_cdf(args: argparse.Namespace) -> int:
+    """The command loss-cdf."""
     cfg = args.cfg
     model = build_model(cfg).eval()
     Checkpointer(model).load(cfg.MODEL.WEIGHTS)
@@ -60,6 +79,60 @@ def main() -> int:
     counts = ", ".join(f"{number:,} {side}" for side, number in made["counts"].items())
     print(f"{counts} examples of {len(images)} images: {args.output}")
     return 0
+
+
+def find_imbalance(args: argparse.Namespace) -> int:
+    """The command imbalance."""
+    name = args.cfg.DATASETS.TRAIN[0]
+    counts = count_anchors(args.cfg)
+    ratio = counts["background_per_foreground"]
+    if ratio is None:
+        print(
+            f"{name}: no anchor lies on an object, in {counts['images']} images. Either there is "
+            "none, or the anchors do not fit: tools/check_dataset.py says more",
+            file=sys.stderr,
+        )
+        return 1
+    print(
+        f"{name}: {ratio:,.0f} background anchors to each foreground one "
+        f"({counts['images']} images looked at, {args.config_file})"
+    )
+    if not MEASURED.is_file():
+        print(f"{MEASURED} is missing, so nothing can be said of losses", file=sys.stderr)
+        return 1
+    print(describe(ratio, json.loads(MEASURED.read_text(encoding="utf-8"))))
+    return 0
+
+
+def describe(ratio: float, traced: dict[str, Any]) -> str:
+    """What measurements say of a data set with this ratio, in a few lines.
+
+    Args:
+        ratio: background anchors to a foreground one.
+        traced: of :func:`focal_det.lab.imbalance.trace`.
+    """
+    advice = imbalance.advise(ratio, traced)
+    point, measured = advice["point"], advice["point"]["AP"]
+    lines = [
+        f"Measured nearest to it: {point['background_per_foreground']:,.0f} to one "
+        f"({', '.join(point['data'])}), a small detector in a short training:"
+    ]
+    for label in advice["ranked"]:
+        row = measured[label]
+        values = ", ".join(f"{value:.1f}" for value in row["values"] if value is not None)
+        lines.append(f"  {label:24} AP {row['mean']:5.1f}  (by seed: {values})")
+    if not advice["inside"]:
+        lines.append("Your ratio lies outside of what was measured: take this as a hint at most.")
+    if advice["first"] is None:
+        lines.append(f"One seed: {advice['ranked'][0]} is ahead, perhaps by chance.")
+        return "\n".join(lines)
+    best, *others = advice["first"]
+    known = traced["losses"].get(best)
+    key = f" (MODEL.FOCAL_DET.LOSS.NAME {known})" if known else ""
+    lines.append(f"Try first: {best}{key}.")
+    if others:
+        lines.append(f"The seeds do not tell apart from it: {', '.join(others)}.")
+    return "\n".join(lines)
 
 
 @torch.no_grad()
@@ -89,33 +162,66 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("loss-cdf", help="who makes up the loss of a trained detector")
-    command.add_argument("--config-file", required=True, help="the YAML of the training")
-    command.add_argument("--images", type=int, help="how many, in the data set's order; all")
-    command.add_argument("--output", type=Path, default=Path("output/loss_cdf.json"))
-    command.add_argument("opts", nargs="*", help="config overrides: KEY VALUE pairs")
+    cdf = commands.add_parser("loss-cdf", help="who makes up the loss of a trained detector")
+    cdf.add_argument("--config-file", required=True, help="the YAML of the training")
+    cdf.add_argument("--images", type=int, help="how many, in the data set's order; all")
+    cdf.add_argument("--output", type=Path, default=Path("output/loss_cdf.json"))
+    cdf.set_defaults(run=find_loss_cdf, load=load_trained)
+    ratio = commands.add_parser("imbalance", help="how rare foreground is, and what that asks for")
+    ratio.add_argument("--data", required=True, help="a data set, or NAME of NAME_train")
+    ratio.add_argument(
+        "--config-file", default=str(BASE), help="a YAML with anchors and image size; %(default)s"
+    )
+    ratio.set_defaults(run=find_imbalance, load=load_for_data)
+    for command in (cdf, ratio):
+        command.add_argument("opts", nargs="*", help="config overrides: KEY VALUE pairs")
     args = parser.parse_args(argv)
     try:
-        args.cfg = load_config(args.config_file, args.opts)
-        if args.images is not None and args.images < 1:
-            raise ValueError(f"--images must be 1 or more, got {args.images}")
+        args.cfg = args.load(args)
     except (AssertionError, KeyError, OSError, ValueError) as error:
-        command.error(str(error))
+        commands.choices[args.command].error(str(error))
     return args
 
 
-def load_config(config_file: str, options: Sequence[str]) -> CfgNode:
+def load_for_data(args: argparse.Namespace) -> CfgNode:
+    """The frozen config whose anchors are laid on the data set.
+
+    Raises:
+        AssertionError, KeyError: an override that is not a config key (Detectron2's messages).
+        OSError: the file cannot be read.
+        ValueError: the data set is not registered, or the config has no anchors to lay.
+    """
+    names = (f"{args.data}_train", args.data)
+    there = [name for name in names if name in DatasetCatalog]
+    if not there:
+        raise ValueError(
+            f"--data {args.data}: neither {' nor '.join(map(repr, names))} is registered; "
+            "name it in FOCAL_DET_DATASETS"
+        )
+    cfg = get_cfg()
+    focal_det.add_config(cfg)
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    cfg.DATASETS.TRAIN = (there[0],)
+    anchor_setup(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def load_trained(args: argparse.Namespace) -> CfgNode:
     """The frozen config of a trained FocalRetinaNet.
 
     Raises:
         AssertionError, KeyError: an override that is not a config key (Detectron2's messages).
         OSError: the file cannot be read.
-        ValueError: another meta-architecture, or no weights.
+        ValueError: another meta-architecture, no weights, or no image to look at.
     """
+    if args.images is not None and args.images < 1:
+        raise ValueError(f"--images must be 1 or more, got {args.images}")
     cfg = get_cfg()
     focal_det.add_config(cfg)
-    cfg.merge_from_file(config_file)
-    cfg.merge_from_list(list(options))
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
     if cfg.MODEL.META_ARCHITECTURE != "FocalRetinaNet":
         raise ValueError(
             f"MODEL.META_ARCHITECTURE must be 'FocalRetinaNet', got {cfg.MODEL.META_ARCHITECTURE!r}"

@@ -17,6 +17,8 @@ from focal_det.analysis.drawing import STYLES
 from focal_det.losses import CrossEntropyLoss, ElementwiseLoss, FocalLoss, FocalLossStar
 
 from .charts import SETTINGS, plain
+from .imbalance import relative
+from .summary import RANKED
 
 GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)  # arXiv 1708.02002, Figure 1
 FORMS: dict[str, ElementwiseLoss] = {  # Figures 5 and 6, without alpha
@@ -201,6 +203,43 @@ def upper_hull(points: Iterable[tuple[float, float]]) -> list[tuple[float, float
 def _turn(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> float:
     """Above 0 where the way from a over b to c turns left."""
     return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
+
+
+def figure_imbalance(traced: Mapping[str, Any]) -> Figure:
+    """AP of each loss as foreground gets rarer, and its share of the best loss's AP.
+
+    Args:
+        traced: of :func:`focal_det.lab.imbalance.trace`.
+    """
+    points = traced["points"]
+    ratios = [point["background_per_foreground"] for point in points]
+    with mpl.rc_context(SETTINGS):
+        figure = Figure(figsize=(2 * SIZE[0], SIZE[1]), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        unit = "background anchors to a foreground one"
+        _label(left, "AP as foreground gets rarer", unit, "AP (percent)")
+        _label(right, "Share of the best loss's AP", unit, "percent")
+        for label, style in zip(traced["labels"], STYLES, strict=False):
+            look: dict[str, Any] = {"color": style.color, "linestyle": style.dashes}
+            there = [
+                (ratio, point[RANKED][label])
+                for ratio, point in zip(ratios, points, strict=True)
+                if label in point[RANKED]
+            ]
+            left.plot(*zip(*((r, m["mean"]) for r, m in there), strict=True), label=label, **look)
+            for ratio, metric in there:
+                values = [value for value in metric["values"] if value is not None]
+                left.plot([ratio] * len(values), values, "o", color=style.color, ms=4, alpha=0.6)
+            shares = zip(ratios, relative(traced, label), strict=True)
+            known = [(ratio, share) for ratio, share in shares if share is not None]
+            right.plot(*zip(*known, strict=True), marker="o", ms=4, **look)
+        for axes in (left, right):
+            axes.set_xscale("log")
+            axes.set_xticks(ratios, [f"{ratio:,.0f}" for ratio in ratios])
+            axes.minorticks_off()
+            axes.set_ylim(bottom=0)
+        left.legend(frameon=False, handlelength=3.2)
+    return figure
 
 
 def figure_4(curves: Mapping[str, Any]) -> Figure:

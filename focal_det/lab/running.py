@@ -225,17 +225,29 @@ def background_per_foreground(cfg: CfgNode) -> float | None:
     """How many background anchors there are for each foreground one, as training assigns them.
 
     Args:
-        cfg: whose training sets are meant; :data:`COUNTED` of their images, evenly spaced, are
-            looked at, at the size of evaluation.
+        cfg: whose training sets are meant.
 
     Returns:
         None without a foreground anchor, or where the config's anchors are not Detectron2's.
     """
     try:
-        setup = anchor_setup(cfg)
+        counts = count_anchors(cfg)
     except ValueError:
         return None
-    images = usable_objects(get_detection_dataset_dicts(list(cfg.DATASETS.TRAIN), False))
-    sample = images[:: max(1, -(-len(images) // COUNTED))]
-    ratio: float | None = foreground_ratio(sample, setup)["background_per_foreground"]
+    ratio: float | None = counts["background_per_foreground"]
     return ratio
+
+
+def count_anchors(cfg: CfgNode) -> dict[str, Any]:
+    """See :func:`focal_det.data.checks.foreground_ratio`.
+
+    Args:
+        cfg: whose training sets are meant; :data:`COUNTED` of their images, evenly spaced, are
+            looked at, at the size of evaluation.
+
+    Raises:
+        ValueError: the config's anchors are not Detectron2's.
+    """
+    setup = anchor_setup(cfg)
+    images = usable_objects(get_detection_dataset_dicts(list(cfg.DATASETS.TRAIN), False))
+    return foreground_ratio(images[:: max(1, -(-len(images) // COUNTED))], setup)

@@ -54,7 +54,7 @@ def summarise(table: Table, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
         ``mean``, ``sd`` (of the sample, None for one seed) and ``values`` by seed; ``kendall_tau``
         with the paper's order, None for fewer than two rows to compare; ``winner``, a label or
         None, and ``verdict``, why; ``unequal``, see :func:`unequal_settings`; ``commits``,
-        ``devices``, ``iterations``, ``data``.
+        ``devices``, ``iterations``, ``data``; ``background_per_foreground``, anchors, a median.
     """
     by_label: dict[str, list[dict[str, Any]]] = {row.label: [] for row in table.rows}
     for record in found:
@@ -92,6 +92,9 @@ def summarise(table: Table, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "devices": sorted({record["environment"]["device"] for record in every}),
         "iterations": sorted({record["iterations"] for record in every}),
         "data": sorted({str(record["data"]) for record in every}),
+        "background_per_foreground": _median(
+            record["background_per_foreground"] for record in every
+        ),
     }
 
 

@@ -81,39 +81,87 @@ def make_trials(
         OSError: the config file cannot be read.
         ValueError: another value that cannot be used; it is named, with the row.
     """
-    base = get_cfg()
-    add_config(base)
-    base.merge_from_file(config_file)
-    names = {"TRAIN": f"{data}_train", "TEST": f"{data}_val"}
-    for split, name in names.items():
+    for name in dataset_names(data):
         if name not in DatasetCatalog:
             raise ValueError(f"--data {data}: {name!r} is not registered; there are {_pairs()}")
-        base.DATASETS[split] = (name,)
-    # A class count that is told by the data needs no telling.
-    base.MODEL.RETINANET.NUM_CLASSES = count_classes(names["TRAIN"])
-    base.MODEL.ROI_HEADS.NUM_CLASSES = base.MODEL.RETINANET.NUM_CLASSES
-    base.MODEL.DEVICE = device
-    base.merge_from_list(list(options))
-    if budget is not None:
-        scale_schedule(base, budget)
+    base = base_config(
+        config_file,
+        data=data,
+        num_classes=count_classes(dataset_names(data)[0]),
+        budget=budget,
+        device=device,
+        options=options,
+    )
     trials = []
     for seed in range(1, seeds + 1):
         for row in table.rows:
             try:
-                trials.append(_make_trial(table, row, base, seed))
+                cfg = row_config(base, row, seed)
+                check_training(cfg)
+                _try_to_build(cfg)
             except (AssertionError, KeyError, ValueError) as error:
                 raise type(error)(f"table {table.name}, row {row.label!r}: {error}") from error
+            iterations = cfg.SOLVER.MAX_ITER
+            trials.append(Trial(table.name, row.label, row.overrides, seed, iterations, cfg.dump()))
     return trials
 
 
-def _make_trial(table: Table, row: Row, base: CfgNode, seed: int) -> Trial:
+def dataset_names(data: str) -> tuple[str, str]:
+    """The registered names of a data set's two parts, to train on and to evaluate on."""
+    return f"{data}_train", f"{data}_val"
+
+
+def base_config(
+    config_file: str,
+    *,
+    data: str,
+    num_classes: int,
+    budget: int | None = None,
+    device: str = "cpu",
+    options: Sequence[str] = (),
+) -> CfgNode:
+    """The config that all rows of a sweep start from.
+
+    Args:
+        config_file: a YAML.
+        data: see :func:`dataset_names`; need not be registered.
+        num_classes: K; a class count that is told by the data needs no telling.
+        budget, device, options: as of :func:`make_trials`.
+
+    Raises:
+        AssertionError, KeyError: an option that is no config key (Detectron2's messages).
+        OSError: the config file cannot be read.
+    """
+    base = get_cfg()
+    add_config(base)
+    base.merge_from_file(config_file)
+    train, test = dataset_names(data)
+    base.DATASETS.TRAIN, base.DATASETS.TEST = (train,), (test,)
+    base.MODEL.RETINANET.NUM_CLASSES = num_classes
+    base.MODEL.ROI_HEADS.NUM_CLASSES = num_classes
+    base.MODEL.DEVICE = device
+    base.merge_from_list(list(options))
+    if budget is not None:
+        scale_schedule(base, budget)
+    return base
+
+
+def row_config(base: CfgNode, row: Row, seed: int) -> CfgNode:
+    """The config of one trial; whether it can be trained is not looked at.
+
+    Args:
+        base: of :func:`base_config`; not changed.
+        row: its setting.
+        seed: of weights and data order.
+
+    Raises:
+        AssertionError, KeyError, ValueError: see :meth:`focal_det.lab.tables.Row.apply`.
+    """
     cfg = base.clone()
     row.apply(cfg)
     cfg.SEED = seed
     cfg.OUTPUT_DIR = ""
-    check_training(cfg)
-    _try_to_build(cfg)
-    return Trial(table.name, row.label, row.overrides, seed, cfg.SOLVER.MAX_ITER, cfg.dump())
+    return cfg
 
 
 def _try_to_build(cfg: CfgNode) -> None:

@@ -116,9 +116,9 @@ def test_the_same_data_give_the_same_bytes(plot, tmp_path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("figure",), "figure needs a number, one of 1, 2, 4, 5, 6, 7"),
-        (("figure", "3"), "invalid choice: 3"),
-        (("figure", "1", "--data", "x.json"), "--data is for figure 2, 4, 7, got 1"),
+        (("figure",), "figure needs a name, one of 1, 2, 4, 5, 6, 7, imbalance"),
+        (("figure", "3"), "invalid choice: '3'"),
+        (("figure", "1", "--data", "x.json"), "--data is for figure 2, 4, imbalance, 7, got 1"),
         (("figure", "4", "--data", "x.json"), "x.json"),
     ],
 )

@@ -35,6 +35,7 @@ def record(label, seed, ap, error=None):
         "peak_memory_mib": 800.0,
         "parameters": 1_230_000,
         "gflops": None,
+        "background_per_foreground": 50.0 * seed,
         "config": "SOLVER: {BASE_LR: 0.1}\n",
         "environment": {"commit": "abc", "device": "CPU"},
     }
@@ -64,6 +65,7 @@ def test_mean_spread_and_ranks():
     assert [each["paper_rank"] for each in found["rows"]] == [3, 2, 1, None]
     assert row(found, "a")["inference_ms"] == 15.0
     assert row(found, "d")["seeds"] == []
+    assert found["background_per_foreground"] == 50.0  # the median of 50, 100, 50, 100, 50
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,96 @@
+"""How losses fare as foreground gets rarer, and what that says of a data set of one's own.
+
+What is compared are trials that differ in their loss and in their data set alone. How rare
+foreground is in a set is the number of background anchors to a foreground one.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .summary import RANKED
+
+
+def trace(summaries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """AP over the ratio, row by row.
+
+    Args:
+        summaries: of :func:`focal_det.lab.summary.summarise`, of one table and a data set each.
+
+    Returns:
+        ``labels`` of the rows, ``losses`` (the ``LOSS.NAME`` of each label), and ``points`` by
+        rising ratio: ``data``, ``background_per_foreground``, ``iterations``, ``commits``,
+        ``devices``, and ``AP`` by label: ``mean``, ``sd`` and ``values`` of the seeds. Sets
+        without a ratio or a result are left out.
+    """
+    points, losses = [], {}
+    for made in summaries:
+        rows = [row for row in made["rows"] if row["metrics"][RANKED]["mean"] is not None]
+        ratio = made["background_per_foreground"]
+        if not rows or ratio is None:
+            continue
+        for row in rows:
+            losses[row["label"]] = row["overrides"].get("MODEL.FOCAL_DET.LOSS.NAME")
+        points.append(
+            {
+                **{key: made[key] for key in ("data", "iterations", "commits", "devices")},
+                "background_per_foreground": ratio,
+                RANKED: {row["label"]: row["metrics"][RANKED] for row in rows},
+            }
+        )
+    points.sort(key=lambda point: point["background_per_foreground"])
+    return {"labels": list(losses), "losses": losses, "points": points}
+
+
+def advise(ratio: float, traced: Mapping[str, Any]) -> dict[str, Any]:
+    """Which loss to try first where foreground is as rare as this.
+
+    Args:
+        ratio: background anchors to a foreground one, > 0.
+        traced: of :func:`trace`, with at least one point.
+
+    Returns:
+        ``point``, the measured one that is nearest on a logarithmic axis; ``inside``, whether
+        `ratio` lies between the outermost ones; ``ranked``, its labels by falling mean;
+        ``first``, the best and those that its seeds do not tell from it: whose highest seed is not
+        below the lowest of the best. With one seed they cannot be told, and ``first`` is None.
+
+    Raises:
+        ValueError: nothing was measured, or a ratio of 0 or less.
+    """
+    points = traced["points"]
+    if not points:
+        raise ValueError("no ratio of foreground to background was measured yet")
+    if not ratio > 0:
+        raise ValueError(f"the ratio must be above 0, got {ratio}")
+    ratios = [point["background_per_foreground"] for point in points]
+    point = min(points, key=lambda p: abs(math.log(p["background_per_foreground"] / ratio)))
+    measured = point[RANKED]
+    ranked = sorted(measured, key=lambda label: -measured[label]["mean"])
+    lowest = min(_values(measured[ranked[0]]))
+    first = [label for label in ranked if max(_values(measured[label])) >= lowest]
+    return {
+        "point": point,
+        "inside": min(ratios) <= ratio <= max(ratios),
+        "ranked": ranked,
+        "first": first if len(_values(measured[ranked[0]])) > 1 else None,
+    }
+
+
+def relative(traced: Mapping[str, Any], label: str) -> list[float | None]:
+    """A row's mean AP in percent of the best row's, at each point; None where it has none.
+
+    Args:
+        traced: of :func:`trace`.
+        label: of the row.
+    """
+    shares = []
+    for point in traced["points"]:
+        best = max(row["mean"] for row in point[RANKED].values())
+        mean = point[RANKED].get(label, {}).get("mean")
+        shares.append(100 * mean / best if mean is not None and best > 0 else None)
+    return shares
+
+
+def _values(metric: Mapping[str, Any]) -> list[float]:
+    return [value for value in metric["values"] if value is not None]

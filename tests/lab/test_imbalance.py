@@ -1,0 +1,140 @@
+"""AP over the ratio, and the advice drawn from it, against numbers worked out by hand."""
+
+import importlib.util
+
+import pytest
+
+from focal_det.lab import figures, imbalance
+
+
+def metric(*values):
+    return {"mean": sum(values) / len(values), "sd": None, "values": list(values)}
+
+
+def summary(ratio, **rows):
+    """A summary of one data set: seeds' APs by label, None for a row that was not run."""
+    return {
+        "data": [f"set {ratio}"],
+        "iterations": [10],
+        "commits": ["abc"],
+        "devices": ["CPU"],
+        "background_per_foreground": ratio,
+        "rows": [
+            {
+                "label": label,
+                "overrides": {"MODEL.FOCAL_DET.LOSS.NAME": f"{label}Loss"},
+                "metrics": {"AP": metric(*values) if values else {"mean": None, "values": []}},
+            }
+            for label, values in rows.items()
+        ],
+    }
+
+
+@pytest.fixture
+def traced():
+    return imbalance.trace(
+        [
+            summary(1000.0, CE=[4.0, 6.0], FL=[9.0, 11.0], OHEM=[8.0, 9.0]),
+            summary(50.0, CE=[30.0, 32.0], FL=[20.0, 22.0], OHEM=None),
+            summary(None, CE=[1.0]),
+        ]
+    )
+
+
+def test_points_rise_and_what_was_not_run_is_left_out(traced):
+    assert [point["background_per_foreground"] for point in traced["points"]] == [50.0, 1000.0]
+    assert [sorted(point["AP"]) for point in traced["points"]] == [
+        ["CE", "FL"],
+        ["CE", "FL", "OHEM"],
+    ]
+    assert traced["losses"] == {"CE": "CELoss", "FL": "FLLoss", "OHEM": "OHEMLoss"}
+
+
+def test_shares_are_of_the_best_at_each_point(traced):
+    assert imbalance.relative(traced, "CE") == pytest.approx([100.0, 50.0])
+    assert imbalance.relative(traced, "FL") == pytest.approx([100 * 21 / 31, 100.0])
+    assert imbalance.relative(traced, "OHEM") == [None, pytest.approx(85.0)]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "nearest", "inside"),
+    # The middle of 50 and 1000 on a logarithmic axis is their geometric mean, 223.6.
+    [(10.0, 50.0, False), (223.0, 50.0, True), (224.0, 1000.0, True), (1e5, 1000.0, False)],
+)
+def test_the_nearest_point_is_the_nearest_of_a_logarithmic_axis(traced, ratio, nearest, inside):
+    advice = imbalance.advise(ratio, traced)
+    assert advice["point"]["background_per_foreground"] == nearest
+    assert advice["inside"] is inside
+
+
+def test_who_cannot_be_told_from_the_best_is_named_with_it(traced):
+    advice = imbalance.advise(1000.0, traced)
+    assert advice["ranked"] == ["FL", "OHEM", "CE"]
+    assert advice["first"] == ["FL", "OHEM"]  # 9, OHEM's best seed, reaches 9, FL's worst
+    assert imbalance.advise(50.0, traced)["first"] == ["CE"]
+
+
+def test_one_seed_tells_nobody_apart():
+    traced = imbalance.trace([summary(50.0, CE=[30.0], FL=[10.0])])
+    assert imbalance.advise(50.0, traced)["first"] is None
+
+
+@pytest.mark.parametrize(("ratio", "says"), [(0.0, "above 0"), (5.0, "nothing|no ratio")])
+def test_what_cannot_be_advised_on_is_said(traced, ratio, says):
+    with pytest.raises(ValueError, match=says):
+        imbalance.advise(ratio, traced if ratio == 0.0 else imbalance.trace([]))
+
+
+def test_the_figure_shows_means_and_shares(traced):
+    left, right = figures.figure_imbalance(traced).axes
+    assert [left.get_xscale(), right.get_xscale()] == ["log", "log"]
+    means = {line.get_label(): line.get_data() for line in left.get_lines()}
+    assert [list(part) for part in means["CE"]] == [[50.0, 1000.0], [31.0, 5.0]]
+    assert [list(part) for part in means["OHEM"]] == [[1000.0], [8.5]]
+    assert [list(part) for part in right.get_lines()[0].get_data()] == [[50, 1000], [100, 50]]
+
+
+@pytest.fixture
+def analyze(root):
+    spec = importlib.util.spec_from_file_location("analyze_tool", root / "tools" / "analyze.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_command_says_how_rare_foreground_is(
+    analyze, few, monkeypatch, tmp_path, capsys, traced
+):
+    measured = tmp_path / "measured.json"
+    monkeypatch.setattr(analyze, "MEASURED", measured)
+    config = str(analyze.ROOT / "configs" / "demo" / "focal_retinanet_digits.yaml")
+    words = ["imbalance", "--data", few, "--config-file", config]
+    assert analyze.main(words) == 1
+    assert "measured.json is missing" in capsys.readouterr().err
+    analyze.records.save(traced, measured)
+    assert analyze.main(words) == 0
+    first, *rest = capsys.readouterr().out.splitlines()
+    found = analyze.count_anchors(analyze.parse(words).cfg)
+    assert first.startswith(f"few_train: {found['background_per_foreground']:,.0f} background anch")
+    assert "(6 images looked at" in first
+    assert any(line.startswith("Try first: ") for line in rest)
+    # Larger anchors, of a larger image: another ratio.
+    assert analyze.main([*words, "INPUT.MIN_SIZE_TEST", "256", "INPUT.MAX_SIZE_TEST", "256"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] != first
+
+
+def test_the_description_says_what_is_a_hint_only(analyze, traced):
+    said = analyze.describe(5e4, traced)
+    assert "lies outside of what was measured" in said
+    assert "Try first: FL (MODEL.FOCAL_DET.LOSS.NAME FLLoss)." in said
+    assert "do not tell apart from it: OHEM." in said
+    assert "AP  10.0  (by seed: 9.0, 11.0)" in said
+    alone = imbalance.trace([summary(50.0, CE=[30.0], FL=[10.0])])
+    assert "One seed: CE is ahead, perhaps by chance." in analyze.describe(50.0, alone)
+
+
+def test_an_unknown_set_ends_with_2(analyze, capsys):
+    with pytest.raises(SystemExit) as stop:
+        analyze.main(["imbalance", "--data", "nowhere"])
+    assert stop.value.code == 2
+    assert "neither 'nowhere_train' nor 'nowhere' is registered" in capsys.readouterr().err
