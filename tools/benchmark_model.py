@@ -47,6 +47,7 @@ LABELS = {
 PARTS = ("step", "inference", "assignment", "postprocessing")
 SECONDS = 15.0  # after which no further round of a case begins
 SHARE_ROUNDS = 1
+DIAGNOSTICS_ROUNDS = 3
 
 Row = dict[str, Any]
 
@@ -207,6 +208,10 @@ def time_part(
         rows.append({**common, "model": label, "images_per_s": None, **fields})
     if training:
         rows += [share_row(common, label, candidates[label], inputs[label]) for label in candidates]
+        ours = LABELS["focal_det"]
+        if ours in candidates:
+            cost = models.diagnostics_cost(candidates[ours], inputs[ours], DIAGNOSTICS_ROUNDS)
+            rows.append({**common, "part": "diagnostics", "model": ours, **cost, "error": None})
     return rows
 
 

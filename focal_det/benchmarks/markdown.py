@@ -45,6 +45,11 @@ Random weights, images and boxes, K = 80, the stem and first stage frozen. The r
 Detectron2's RetinaNet.
 """
 
+DIAGNOSTICS_NOTE = """\
+What FocalRetinaNet's scalars for TensorBoard take: in an ordinary step, in the one of 20 that \
+looks at the loss of every anchor, and on average.
+"""
+
 
 def render(records: Sequence[dict[str, Any]]) -> str:
     """The page.
@@ -79,6 +84,7 @@ def _device(records: Sequence[dict[str, Any]]) -> list[str]:
         parts += ["### Where focal_det is slower than another\n", slower]
     parts += _losses(_only(rows, "loss"))
     parts += _models(rows)
+    parts += _diagnostics(_only(rows, "diagnostics"))
     parts += _paired(_only(rows, "assignment"), "Anchor assignment", "boxes")
     parts += _paired(_only(rows, "postprocessing"), "Post-processing of one image", "candidates")
     parts += [_sync(row) for row in _only(rows, "sync")]
@@ -188,6 +194,18 @@ def _models(rows: Sequence[Row]) -> list[str]:
         head = ("model", "backbone", "size", "step ms", *names)
         parts += ["### Where a training step goes\n", table(head, lines)]
     return parts
+
+
+def _diagnostics(rows: Sequence[Row]) -> list[str]:
+    if not rows:
+        return []
+    head = ("backbone", "size", "images", "step ms", "ordinary ms", "look ms", "mean share")
+    lines = []
+    for row in rows:
+        times = (f"{row['step_ms']:.0f}", f"{row['ordinary_ms']:.2f}", f"{row['look_ms']:.2f}")
+        where = (row["backbone"], row["size"], str(row["batch"]))
+        lines.append([*where, *times, f"{row['share']:.2%}"])
+    return ["### Diagnostics of a training step\n", DIAGNOSTICS_NOTE, table(head, lines)]
 
 
 def _model_cells(row: Row) -> list[str]:

@@ -51,6 +51,10 @@ ROW_FIELDS: dict[str, tuple[str, ...]] = {
     "step": ("model", "backbone", "size", "batch", "amp", "images_per_s", "ratio", *MEASURED),
     "inference": ("model", "backbone", "size", "batch", "amp", "images_per_s", "ratio", *MEASURED),
     "shares": ("model", "backbone", "size", "batch", "amp", "step_ms", "parts_ms", "error"),
+    "diagnostics": (
+        *("model", "backbone", "size", "batch", "amp"),
+        *("step_ms", "ordinary_ms", "look_ms", "share", "error"),
+    ),
     "assignment": ("variant", "size", "boxes", "allocator", "ratio", *MEASURED),
     "postprocessing": ("variant", "size", "state", "candidates", "allocator", "ratio", *MEASURED),
     "sync": ("model", "backbone", "size", "batch", "passed", "error"),

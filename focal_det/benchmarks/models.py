@@ -5,7 +5,7 @@ Letters: N images, M boxes of an image, K = 80 classes.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import focal_det
 from focal_det.compat import grad_scaler
+from focal_det.modeling.diagnostics import PERIOD
 
 from .memory import on_cuda
 
@@ -156,6 +157,7 @@ class Candidate:
 
     def __init__(self, name: str, model: nn.Module, device: str = "cpu", amp: str = "none") -> None:
         self.name, self.device, self.amp = name, device, AMP[amp]
+        self.iteration = 1  # of every step; an ordinary one, see diagnostics_cost
         self.model = model.to(device)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         # At a rate of zero a step costs what it costs at any, and every round is the same.
@@ -177,7 +179,7 @@ class Candidate:
 
     def losses(self, inputs: Any) -> dict[str, Tensor]:
         """The loss dict of a training step."""
-        with EventStorage(), self._autocast():
+        with EventStorage(self.iteration), self._autocast():
             if self.name != "torchvision":
                 return dict(self.model(inputs))
             images = [x.to(self.device) for x in inputs[0]]
@@ -220,8 +222,19 @@ def _detectron2_input(scene: Scene) -> dict[str, Any]:
     return {"image": scene.image, "instances": instances, "height": height, "width": width}
 
 
-def step_parts(candidate: Candidate, inputs: Any, rounds: int) -> tuple[float, dict[str, float]]:
+def step_parts(
+    candidate: Candidate,
+    inputs: Any,
+    rounds: int,
+    methods: Mapping[str, tuple[str, ...]] | None = None,
+) -> tuple[float, dict[str, float]]:
     """Mean time of a training step and of its parts in milliseconds, with a timer around each.
+
+    Args:
+        candidate: in training mode.
+        inputs: of :meth:`Candidate.inputs`.
+        rounds: number of steps.
+        methods: of the model, by the name of the part; None for :data:`PARTS`.
 
     Returns:
         The step, and its parts with the ``rest`` that is in none; they sum up to the step.
@@ -243,7 +256,7 @@ def step_parts(candidate: Candidate, inputs: Any, rounds: int) -> tuple[float, d
         return wrapper
 
     with contextlib.ExitStack() as stack:
-        for name, path in PARTS[candidate.name].items():
+        for name, path in (PARTS[candidate.name] if methods is None else methods).items():
             stack.enter_context(_replaced(candidate.model, path, name, timed))
         for name, method in (("backward", "backward"), ("optimizer", "update")):
             stack.enter_context(_replaced(candidate, (method,), name, timed))
@@ -254,6 +267,31 @@ def step_parts(candidate: Candidate, inputs: Any, rounds: int) -> tuple[float, d
     parts = {name: 1e3 * seconds / rounds for name, seconds in spent.items()}
     step = 1e3 * total / rounds
     return step, {**parts, "rest": max(0.0, step - sum(parts.values()))}
+
+
+def diagnostics_cost(candidate: Candidate, inputs: Any, rounds: int) -> dict[str, float]:
+    """What FocalRetinaNet's diagnostics take of a training step.
+
+    Args:
+        candidate: a FocalRetinaNet in training mode.
+        inputs: of :meth:`Candidate.inputs`.
+        rounds: number of steps of either kind.
+
+    Returns:
+        Milliseconds of a whole ordinary ``step_ms``, of the diagnostics in it, ``ordinary_ms``,
+        and in the one step of :data:`PERIOD` that looks at every anchor, ``look_ms``; ``share``,
+        the mean over a period as part of a step.
+    """
+    methods, ordinary = {"diagnostics": ("_diagnostics", "report")}, candidate.iteration
+    step, parts = step_parts(candidate, inputs, rounds, methods)
+    candidate.iteration = PERIOD
+    try:
+        _, of_look = step_parts(candidate, inputs, rounds, methods)
+    finally:
+        candidate.iteration = ordinary
+    usual, look = parts["diagnostics"], of_look["diagnostics"]
+    mean = (look + (PERIOD - 1) * usual) / PERIOD
+    return {"step_ms": step, "ordinary_ms": usual, "look_ms": look, "share": mean / step}
 
 
 @contextlib.contextmanager

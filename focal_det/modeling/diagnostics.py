@@ -9,11 +9,11 @@
   from the hardest 1 % of all anchors; taken every :data:`PERIOD` iterations;
 * ``ohem/kept_foreground``, ``ohem/kept_background``: anchors of an image that OHEM keeps.
 
-Letters: N images, R anchors per image over all levels, L levels.
+Letters: N images, R anchors per image over all levels.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from detectron2.utils.events import EventStorage
@@ -44,6 +44,7 @@ class TrainingDiagnostics:
         self,
         storage: EventStorage,
         scalars: dict[str, Tensor],
+        is_foreground: dict[str, Tensor],
         loss_per_anchor: Callable[[], Tensor | None],
         is_background: Tensor,
     ) -> None:
@@ -52,9 +53,14 @@ class TrainingDiagnostics:
         Args:
             storage: of the trainer.
             scalars: 0-d each, ``num_pos_anchors`` among them.
+            is_foreground: (N, anchors of the level) bool, by feature.
             loss_per_anchor: (N, R), or None where the loss cannot tell; called when it is due.
             is_background: (N, R) bool.
         """
+        by_level = {
+            f"positives/{name}": level.sum() / len(level) for name, level in is_foreground.items()
+        }
+        scalars = {**scalars, **by_level}
         if storage.iter % PERIOD == 0:
             losses = loss_per_anchor()
             if losses is not None:
@@ -76,21 +82,6 @@ class TrainingDiagnostics:
                 "object. The anchors do not fit the boxes, or the images have none: "
                 "tools/check_dataset.py says which, and the anchor sizes that would do"
             )
-
-
-def per_level(counts: Tensor, sizes: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:
-    """Foreground anchors of an image by feature level.
-
-    Args:
-        counts: (N, R) bool.
-        sizes: R of each of the L levels.
-        names: of the L levels.
-    """
-    levels = counts.split(list(sizes), dim=1)
-    return {
-        f"positives/{name}": level.sum() / len(counts)
-        for name, level in zip(names, levels, strict=True)
-    }
 
 
 def hardest_share(losses: Tensor, is_background: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from .anchors import AnchorCache
 from .assign import label_anchors
 from .box_loss import box_loss_per_image, check_box_loss
 from .deferred import DeferredScalars
-from .diagnostics import TrainingDiagnostics, per_level
+from .diagnostics import TrainingDiagnostics
 from .head import build_dense_head
 from .inference import detect_single_image
 from .normalizer import LossNormalizer, build_normalizer
@@ -279,7 +279,6 @@ class FocalRetinaNet(RetinaNet):
         scalars = {
             "num_pos_anchors": num_foreground.float().mean(),
             "normalizer": divisors.float().mean(),
-            **per_level(is_foreground, sizes, self.head_in_features),
             **self.cls_loss.report,
         }
         if cls_sums.foreground is not None:
@@ -289,6 +288,7 @@ class FocalRetinaNet(RetinaNet):
         self._diagnostics.report(
             get_event_storage(),
             scalars,
+            dict(zip(self.head_in_features, is_foreground.split(sizes, dim=1), strict=True)),
             lambda: self.cls_loss.per_anchor(pred_logits, level_labels),
             labels == self.num_classes,
         )

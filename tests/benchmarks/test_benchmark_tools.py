@@ -72,7 +72,8 @@ def test_every_model_and_part_is_timed(tmp_path):
     for row in record["rows"]:
         assert row["error"] is None, row
         by_part.setdefault(row["part"], []).append(row)
-    assert by_part.keys() == {"step", "shares", "inference", "assignment", "postprocessing"}
+    expected = {"step", "shares", "diagnostics", "inference", "assignment", "postprocessing"}
+    assert by_part.keys() == expected
     models = {
         "FocalRetinaNet",
         "Detectron2 RetinaNet",
@@ -87,6 +88,10 @@ def test_every_model_and_part_is_timed(tmp_path):
     assert len(by_part["postprocessing"]) == len(parts.STATES) * number
     for row in by_part["shares"]:
         assert sum(row["parts_ms"].values()) == pytest.approx(row["step_ms"], rel=1e-6)
+    for row in by_part["diagnostics"]:
+        mean = (row["look_ms"] + 19 * row["ordinary_ms"]) / 20
+        assert row["share"] == pytest.approx(mean / row["step_ms"])
+        assert row["ordinary_ms"] > 0
     (ours,) = [row for row in by_part["shares"] if row["model"] == "FocalRetinaNet"]
     expected = {"backbone", "head", "assignment", "loss", "backward", "optimizer", "rest"}
     assert ours["parts_ms"].keys() == expected

@@ -293,15 +293,20 @@ def test_model_tables():
     step = {"part": "step", **common, "images_per_s": 10.0, **timing.fields()}
     shares = {"part": "shares", **common, "model": targets.OUR_MODEL}
     parts = {"backbone": 50.0, "backward": 150.0}
+    cost = {"step_ms": 200.0, "ordinary_ms": 0.5, "look_ms": 30.5, "share": 0.0123}
     rows = [
         {**step, "model": targets.OUR_MODEL, "ratio": 1.02},
         {**step, "model": targets.THEIR_MODEL, "ratio": 1.0},
         {**shares, "step_ms": 200.0, "parts_ms": parts, "error": None},
+        {"part": "diagnostics", **common, "model": targets.OUR_MODEL, **cost, "error": None},
     ]
     page = markdown.render([make_record(rows, tool="benchmark_model")])
     assert "| training step, time, worst case | never slower | 1.02x | **missed** |" in page
     assert "| R-50 | 256x256 | 2 | none | 200 (190-210) | 10.00 | 1.02x | 500 |" in page
     assert "| FocalRetinaNet | R-50 | 256x256 | 200 | 25.0% | 75.0% |" in page
+    assert "| R-50 | 256x256 | 2 | 200 | 0.50 | 30.50 | 1.23% |" in page
+    name = "diagnostics, share of a training step, worst case"
+    assert f"| {name} | <= 1% | 1.23% | **missed** |" in page
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.08, "1/12.5"), (1.3, "1.30x"), (1.0, "1.00x")])

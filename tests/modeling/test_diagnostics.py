@@ -131,6 +131,6 @@ def test_steps_without_positives_are_worth_one_warning(monkeypatch, without):
     monkeypatch.setattr(diagnostics_module.logger, "warning", warned.append)
     for positives in [1.0, *[0.0] * without, 1.0]:
         scalars = {"num_pos_anchors": torch.tensor(positives)}
-        diagnostics.report(storage, scalars, lambda: None, background)
+        diagnostics.report(storage, scalars, {}, lambda: None, background)
     assert len(warned) == (without >= PATIENCE)
     assert all("no anchor has been foreground for 100 steps" in text for text in warned)
