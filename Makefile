@@ -14,7 +14,7 @@ help:
 	@echo "make test-matrix  the tests with other versions of Python, PyTorch and Detectron2"
 	@echo "make lint     formatter check, linter, type checker"
 	@echo "make format   format the code"
-	@echo "make docs     regenerate the tables in README.md and docs/performance.md"
+	@echo "make docs     regenerate the tables and figures in README.md and docs/"
 	@echo "make benchmark  measure the losses and the models on this machine, then make docs"
 
 install: $(INSTALLED)
@@ -56,6 +56,7 @@ format: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(RUN) tools/docs.py
+	$(RUN) tools/plot.py
 
 benchmark: $(INSTALLED)
 	$(RUN) tools/benchmark_losses.py

@@ -1,0 +1,123 @@
+"""Run what is missing of the results that this repository reports.
+
+    python tools/results.py --dry-run
+    python tools/results.py                          # everything whose data are there
+    python tools/results.py "sparse digits" digits   # some sweeps of docs/results/sweeps.yaml
+
+Each new record goes to docs/results/records; `make docs` then writes docs/results.md, its tables
+and its figures. Sets of real images have to be named in FOCAL_DET_DATASETS.
+"""
+
+import argparse
+import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+with warnings.catch_warnings():
+    # fvcore, which Detectron2 imports, scripts its focal loss; PyTorch warns that this will go.
+    warnings.filterwarnings("ignore", ".*torch.jit.script.*")
+    import focal_det  # noqa: F401  (registers the data sets)
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+
+from focal_det.lab import results
+from focal_det.lab.sweep import run_sweep
+from focal_det.lab.trials import Trial, dataset_names, make_trials
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    args = parse(argv)
+    keep(args.output)
+    known = {found for found, _ in results.read_records(RESULTS / "records")}
+    left = [
+        trial
+        for trial in args.trials
+        if results.setting(CfgNode.load_cfg(trial.config)) not in known
+    ]
+    print(f"{len(args.trials)} trials: {len(left)} are to be run")
+    if args.dry_run:
+        for trial in left:
+            print(f"{trial.key}  table {trial.table}, seed {trial.seed}: {trial.label}")
+        return 0
+    try:
+        problems = run_sweep(left, args.output, cpus=args.cpus)
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on where this one stopped.")
+        return 130
+    finally:
+        keep(args.output)
+    for problem in problems:
+        print(f"failed: {problem}", file=sys.stderr)
+    print("`make docs` writes the pages anew")
+    return 1 if problems else 0
+
+
+def keep(output: Path) -> None:
+    """Copy records to where they are committed."""
+    folder = RESULTS / "records"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted((output / "records").glob("*.json")):
+        if not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; ends the program with a message where it cannot be carried out."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sweeps", nargs="*", help="names in docs/results/sweeps.yaml; default: all")
+    parser.add_argument("--cpus", type=int, default=1, help="CPU cores for each trial")
+    parser.add_argument("--output", type=Path, default=ROOT / "output" / "results")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be run")
+    args = parser.parse_args(argv)
+    try:
+        sweeps = results.read_sweeps(RESULTS / "sweeps.yaml")
+        for name in args.sweeps:
+            if name not in sweeps:
+                raise ValueError(f"sweep must be one of {'; '.join(sweeps)}, got {name!r}")
+        args.trials = list_trials([sweeps[name] for name in args.sweeps or sweeps], args.sweeps)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    args.output = args.output.resolve()
+    return args
+
+
+def list_trials(sweeps: Sequence[results.Sweep], asked_for: Sequence[str]) -> list[Trial]:
+    """The trials of sweeps, each once, first seeds first.
+
+    Args:
+        sweeps: which ones.
+        asked_for: names of those that must not be left out where their data are not there.
+
+    Raises:
+        ValueError: see :func:`focal_det.lab.trials.make_trials`.
+    """
+    trials: dict[str, Trial] = {}
+    for sweep in sweeps:
+        there = all(name in DatasetCatalog for name in dataset_names(sweep.data))
+        if not there and sweep.name not in asked_for:
+            print(f"{sweep.name}: left out, {sweep.data} is not in FOCAL_DET_DATASETS")
+            continue
+        for name, seeds in sweep.tables.items():
+            for trial in make_trials(
+                sweep.table(name),
+                config_file=str(ROOT / sweep.config),
+                data=sweep.data,
+                seeds=seeds,
+                budget=sweep.budget,
+                options=sweep.options,
+            ):
+                trials.setdefault(trial.key, trial)
+    return sorted(trials.values(), key=lambda trial: trial.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
