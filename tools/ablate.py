@@ -9,14 +9,18 @@ What is done already, by the hash of its whole config, is not run again: a sweep
 goes on where it stopped, and one with more seeds adds to the first. A set of your own is named in
 FOCAL_DET_DATASETS, as NAME_train and NAME_val.
 
-Writes OUTPUT/records/KEY.json for each trial and OUTPUT/TABLE.md, .json, .svg and .png.
+Writes OUTPUT/records/KEY.json for each trial and OUTPUT/TABLE.md, .json, .svg and .png. Tables
+that show times run one trial at a time, on all cores, unless --cpus says otherwise.
 """
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 with warnings.catch_warnings():
     # fvcore, which Detectron2 imports, scripts its focal loss; PyTorch warns that this will go.
@@ -24,24 +28,71 @@ with warnings.catch_warnings():
     import focal_det  # noqa: F401  (registers the data sets)
 
 import torch
+from detectron2.data import DatasetCatalog
 
 from focal_det.analysis import records
 from focal_det.lab import charts, figures, markdown, summary
+from focal_det.lab.measuring import fingerprints
+from focal_det.lab.running import differ
 from focal_det.lab.sweep import load_records, run_sweep
 from focal_det.lab.tables import Table, built_in, load_table
 from focal_det.lab.trials import Trial, make_trials
+
+
+@dataclass(frozen=True)
+class Command:
+    """A script that runs one table.
+
+    Attributes:
+        table: its name.
+        output: default folder, to which the data set's name is added.
+        description: for ``--help``.
+    """
+
+    table: str
+    output: str
+    description: str
+
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "demo" / "focal_retinanet_digits.yaml"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
-    args = parse(argv)
+def main(argv: Sequence[str] | None = None, command: Command | None = None) -> int:
+    """Run the command line; the exit status.
+
+    Args:
+        argv: words; None for those of the process.
+        command: what a script that is for one table makes of it.
+    """
+    args = parse(argv, command)
     output = Path(args.output).resolve()
+    try:
+        return run(args, output)
+    except KeyboardInterrupt:
+        print(
+            "\nInterrupted. The same command goes on where this one stopped; with --report-only "
+            "it writes the tables of what is done."
+        )
+        return 130
+    except (ImportError, OSError, ValueError) as error:  # Ray, what it has, and records
+        print(error, file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace, output: Path) -> int:
+    """Run what is missing and write the tables; the exit status.
+
+    Args:
+        args: of :func:`parse`.
+        output: folder.
+
+    Raises:
+        ImportError, OSError, ValueError: Ray cannot run, or a record cannot be read.
+    """
     by_table: dict[str, list[Trial]] = args.trials
     every = {trial.key: trial for trials in by_table.values() for trial in trials}
-    done = load_records(output, every)
+    done = load_done(output, every)
     left = [trial for key, trial in every.items() if key not in done]
     print(f"{len(every)} trials: {len(done)} are done, {len(left)} are to be run")
     if args.dry_run:
@@ -50,14 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     problems = []
     if not args.report_only:
-        try:
-            problems = run_sweep(left, output, address=args.address, cpus=args.cpus, gpus=args.gpus)
-        except KeyboardInterrupt:
-            print("\nInterrupted. The same command goes on where this one stopped.")
-            return 130
-        except (ImportError, ValueError) as error:  # Ray, and what it has
-            print(error, file=sys.stderr)
-            return 2
+        for cpus, trials in by_cpus(args, left):
+            problems += run_sweep(trials, output, address=args.address, cpus=cpus, gpus=args.gpus)
     for table in args.tables:
         trials = by_table[table.name]
         found = load_records(output, [trial.key for trial in trials])
@@ -67,6 +112,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     for problem in problems:
         print(f"failed: {problem}", file=sys.stderr)
     return 1 if problems else 0
+
+
+def load_done(output: Path, trials: dict[str, Trial]) -> dict[str, dict[str, Any]]:
+    """The records of trials that are done, with the annotations that there are now.
+
+    Args:
+        output: folder of the sweep.
+        trials: by key.
+    """
+    done = load_records(output, trials)
+    names = {name for record in done.values() for part in record["data"] for name in part}
+    now = fingerprints(sorted(name for name in names if name in DatasetCatalog))
+    stale = [key for key, record in done.items() if differ(record.get("annotations", {}), now)]
+    if stale:
+        print(f"{len(stale)} records are of other annotations under the same names: run again")
+    return {key: record for key, record in done.items() if key not in stale}
+
+
+def by_cpus(args: argparse.Namespace, trials: Sequence[Trial]) -> list[tuple[int, list[Trial]]]:
+    """Trials by the cores that each gets; first those that are timed, which share none.
+
+    Args:
+        args: of :func:`parse`.
+        trials: what is left to run.
+    """
+    if args.cpus is not None or args.gpus:
+        return [(args.cpus or 1, list(trials))]
+    timed = {trial.key for table in args.tables if table.timed for trial in args.trials[table.name]}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    alone = [trial for trial in trials if trial.key in timed]
+    return [(cores or 1, alone), (1, [trial for trial in trials if trial.key not in timed])]
 
 
 def report(table: Table, found: list[dict[str, object]], output: Path) -> None:
@@ -86,20 +162,30 @@ def report(table: Table, found: list[dict[str, object]], output: Path) -> None:
     print(f"\n{text}")
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; ends the program with a message where it cannot be carried out."""
+def parse(argv: Sequence[str] | None = None, command: Command | None = None) -> argparse.Namespace:
+    """The command line; ends the program with a message where it cannot be carried out.
+
+    Args:
+        argv, command: as of :func:`main`.
+    """
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=command.description if command else __doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = ", ".join(built_in())
-    parser.add_argument("--table", required=True, help=f"{names}, all, or a YAML file of your own")
+    if command is None:
+        table = f"{names}, all, or a YAML file of your own"
+        parser.add_argument("--table", required=True, help=table)
+    else:
+        parser.set_defaults(table=command.table)
     parser.add_argument("--data", required=True, help="NAME of NAME_train and NAME_val")
     parser.add_argument("--config", default=str(CONFIG), help="a YAML config to start from")
     parser.add_argument("--seeds", type=int, default=1, help="how many, from 1 on")
     parser.add_argument("--budget", type=int, help="iterations; the schedule is scaled to it")
-    parser.add_argument("--output", default="output/ablate", help="folder of the sweep")
+    folder = command.output if command else "output/ablate"
+    parser.add_argument("--output", help=f"folder of the sweep; default: {folder}/DATA")
     parser.add_argument("--address", help="of a Ray cluster; default: this machine")
-    parser.add_argument("--cpus", type=int, default=1, help="CPU cores for each trial")
+    parser.add_argument("--cpus", type=int, help="CPU cores for each trial; default: 1, see above")
     parser.add_argument(
         "--gpus",
         type=int,
@@ -110,6 +196,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--report-only", action="store_true", help="run nothing, write the tables")
     parser.add_argument("opts", nargs="*", help="config overrides of all rows: KEY VALUE pairs")
     args = parser.parse_args(argv)
+    args.output = args.output or f"{folder}/{args.data}"
     try:
         check(args)
     except (AssertionError, KeyError, OSError, ValueError) as error:
@@ -143,6 +230,7 @@ def check(args: argparse.Namespace) -> None:
             budget=args.budget,
             device="cuda" if args.gpus else "cpu",
             options=args.opts,
+            processes=max(1, args.gpus),
         )
         for table in args.tables
     }

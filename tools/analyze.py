@@ -39,7 +39,7 @@ from focal_det.data.checks import anchor_setup
 from focal_det.engine.checkpoint import Checkpointer
 from focal_det.lab import imbalance
 from focal_det.lab.loss_cdf import LossCDF
-from focal_det.lab.running import count_anchors
+from focal_det.lab.measuring import count_anchors
 from focal_det.progress import bar_options
 
 ROOT = Path(__file__).resolve().parent.parent

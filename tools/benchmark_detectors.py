@@ -4,7 +4,9 @@
     python tools/benchmark_detectors.py --data cells --config configs/my_base.yaml --budget 5000
 
 Same data, loaders, input size, schedule, seeds, backbone and its first weights; what differs all
-the same is a column of the table. Flags, resuming and output are those of tools/ablate.py.
+the same is a column of the table. One trial at a time, on all cores, unless --cpus says otherwise:
+trials that share a machine would slow each other. Resuming and output are those of
+tools/ablate.py.
 """
 
 import sys
@@ -12,4 +14,5 @@ import sys
 import ablate
 
 if __name__ == "__main__":
-    sys.exit(ablate.main(["--table", "detectors", "--output", "output/detectors", *sys.argv[1:]]))
+    command = ablate.Command("detectors", "output/detectors", __doc__)
+    sys.exit(ablate.main(command=command))

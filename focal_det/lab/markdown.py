@@ -11,7 +11,7 @@ SPEED = {
     "95th percentile": ("inference_p95_ms", 1.0, ".1f"),
     "peak MiB": ("peak_memory_mib", 1.0, ".0f"),
     "parameters, million": ("parameters", 1e-6, ".2f"),
-    "GFLOPs": ("gflops", 1.0, ".2f"),
+    "giga multiply-adds": ("gflops", 1.0, ".2f"),
 }
 
 
@@ -32,7 +32,7 @@ def render(summary: dict[str, Any]) -> str:
     lines += ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|"]
     for row in rows:
         bold = "**" if row["label"] == summary["winner"] else ""
-        cells = [f"{bold}{row['label']}{bold}"]
+        cells = [f"{bold}{escape(row['label'])}{bold}"]
         cells += [_with_spread(row["metrics"][name]) for name in SHOWN]
         diverged = f" ({row['diverged']} diverged)" if row["diverged"] else ""
         cells += [f"{len(row['seeds'])}{diverged}", _number(row["rank"], "d")]
@@ -47,7 +47,8 @@ def render(summary: dict[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     tau = summary["kendall_tau"]
     order = "" if tau is None else f" Kendall's tau with the paper's order: {tau:.2f}."
-    made = f"{_list(summary['iterations'])} iterations, commit {_list(summary['commits'])}"
+    made = f"{_list(summary['iterations'])} iterations on {_list(summary['data'])}, "
+    made += f"commit {_list(summary['commits'])}"
     lines += ["", f"{summary['verdict']}{order}", ""]
     lines += [f"Mean ± standard deviation over seeds; {made}, {_list(summary['devices'])}."]
     if summary["speed"]:
@@ -69,6 +70,11 @@ def equality(unequal: dict[str, list[str]], mark: str = "") -> str:
         )
     named = "; ".join(f"{key}: {' or '.join(values)}" for key, values in unequal.items())
     return f"{mark}The rows do not agree in all settings.{mark} {named}."
+
+
+def escape(cell: str) -> str:
+    """Text for a cell of a Markdown table."""
+    return " ".join(cell.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _with_spread(metric: dict[str, Any]) -> str:

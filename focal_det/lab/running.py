@@ -1,39 +1,40 @@
 """One trial, from its config to its record."""
 
 import argparse
+import contextlib
 import datetime
-import itertools
 import json
-import logging
-import resource
+import shutil
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
-from detectron2.engine import HookBase, default_setup, launch
+from detectron2.data import get_detection_dataset_dicts
+from detectron2.engine import HookBase, default_setup, hooks, launch
 from detectron2.utils import comm
-from detectron2.utils.analysis import FlopCountAnalysis
-from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from focal_det.analysis import records
-from focal_det.data.checks import anchor_setup, foreground_ratio, usable_objects
 from focal_det.engine import Trainer
 
+from .measuring import (
+    attempt,
+    background_per_foreground,
+    count_gflops,
+    fingerprints,
+    peak_memory_mib,
+    time_inference,
+)
 from .trials import Trial
 
-# Below Detectron2's logger, whose handlers every Detectron2 script sets up.
-logger = logging.getLogger(f"detectron2.{__name__}")
-
 SCHEMA = 1
-WARM_UP, TIMED = 3, 40  # images
-COUNTED = 200  # images
+STEPS_WARM_UP = 3
+CHECKPOINTS = 5  # at least, of a training, so that one that is cut short has little to do again
+LOCK, STAMP = ".lock", "annotations.json"
 REPORT_SECONDS = 2.0
 MEASURED = "measured.json"
 FACTS = (
@@ -64,16 +65,48 @@ def run_trial(
 
     Returns:
         A record: what was run (``table``, ``label``, ``overrides``, ``seed``, ``iterations``,
-        ``key``), ``metrics`` in percent, ``curves``, ``seconds``, ``resumed_from``,
-        ``images_per_second`` of training (None where nothing was left to do), ``parameters``,
-        ``gflops`` of an image (multiply-adds), ``background_per_foreground`` (anchors),
-        ``peak_memory_mib`` of the main process, ``inference_ms`` (median and 95th percentile, one
-        image), ``environment``, and ``error``, why training was given up, or None.
+        ``key``), ``data`` and ``annotations`` (a hash by data set), ``metrics`` in percent,
+        ``curves``, ``seconds``, ``resumed_from``, ``images_per_second`` of the median step,
+        ``parameters``, ``gflops`` of an image (multiply-adds), ``background_per_foreground``
+        (anchors), ``peak_memory_mib`` of training (the main process), ``inference_ms`` (median and
+        95th percentile, one image), ``environment``, and ``error``, why training was given up, or
+        None. What could not be measured is None.
+
+    Raises:
+        RuntimeError: another process runs this trial in this folder.
+        ValueError: the evaluation gave no AP.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    cfg = trial.load_config(str(folder))
+    with _alone_in(folder):
+        return _run_alone(trial, folder, num_gpus, report)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system frees when the process ends, however it ends."""
+    import fcntl  # absent on Windows, where the rest of the package works
+
+    with (folder / LOCK).open("w", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"another sweep is running this trial, in {folder}") from None
+        yield
+
+
+def _run_alone(trial: Trial, folder: Path, num_gpus: int, report: Report | None) -> dict[str, Any]:
+    cfg = trial.load_config(str(folder)).clone()
+    cfg.defrost()
+    # Not part of what the trial is: how often it can go on from makes no difference to its end.
+    most = max(1, cfg.SOLVER.MAX_ITER // CHECKPOINTS)
+    cfg.SOLVER.CHECKPOINT_PERIOD = min(cfg.SOLVER.CHECKPOINT_PERIOD, most)
+    cfg.freeze()
+    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    _start_anew_with_other_data(folder, fingerprints(names))
     measured = folder / MEASURED
     measured.unlink(missing_ok=True)
+    # Of the code that is imported now; the checkout may change while it runs.
+    environment = records.environment(cfg.MODEL.DEVICE)
     error = None
     try:
         launch(
@@ -100,57 +133,89 @@ def run_trial(
         "seed": trial.seed,
         "iterations": trial.iterations,
         "data": [list(cfg.DATASETS.TRAIN), list(cfg.DATASETS.TEST)],
-        **records.average_precision([] if error else rows),
+        "annotations": fingerprints(names),
+        **(records.average_precision([]) if error else _score(cfg, rows, folder)),
         "curves": records.curves(rows),
         **dict.fromkeys(FACTS),
         **(json.loads(measured.read_text("utf-8")) if measured.is_file() else {}),
-        "environment": records.environment(cfg.MODEL.DEVICE),
+        "environment": environment,
         "finished": finished.isoformat(timespec="seconds"),
         "error": error,
         "config": trial.config,
     }
 
 
+def _start_anew_with_other_data(folder: Path, annotations: dict[str, str]) -> None:
+    """Remove what an earlier try left that had other annotations under the same names."""
+    stamp = folder / STAMP
+    if stamp.is_file() and differ(json.loads(stamp.read_text("utf-8")), annotations):
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+    records.save(annotations, stamp)
+
+
+def differ(one: dict[str, str], other: dict[str, str]) -> bool:
+    """Whether two :func:`fingerprints` contradict each other; one may know more than the other."""
+    return any(one[name] != other[name] for name in one.keys() & other.keys())
+
+
 def _train(cfg: CfgNode, measured: Path, report: Report | None) -> None:
     """The work of one process."""
     default_setup(cfg, argparse.Namespace())
     trainer = Trainer(cfg)
+    for hook in trainer._hooks:
+        if isinstance(hook, hooks.PeriodicCheckpointer):
+            hook.max_to_keep = 1  # many trials lie side by side
     trainer.resume_or_load(resume=True)
     start = trainer.start_iter
-    clock = _Clock(report)
+    clock = _Clock(cfg, report)
     trainer.register_hooks([clock])
     trainer.train()
     if comm.is_main_process():
+        for path in Path(cfg.OUTPUT_DIR).glob("model_[0-9]*.pth"):
+            path.unlink()  # model_final.pth is there
         model: Any = getattr(trainer.model, "module", trainer.model)
-        images = (trainer.max_iter - start) * cfg.SOLVER.IMS_PER_BATCH
         facts = {
             "seconds": clock.seconds,
             "resumed_from": start,
-            "images_per_second": images / clock.seconds["training"] if images else None,
+            "images_per_second": clock.images_per_second(),
+            "peak_memory_mib": clock.peak_memory_mib,
             "parameters": sum(x.numel() for x in model.parameters()),
-            "gflops": count_gflops(cfg, model),
-            "background_per_foreground": background_per_foreground(cfg),
-            "peak_memory_mib": peak_memory_mib(cfg.MODEL.DEVICE),
-            "inference_ms": time_inference(cfg, model),
+            "inference_ms": attempt("inference", lambda: time_inference(cfg, model)),
+            "gflops": attempt("operations", lambda: count_gflops(cfg, model)),
+            "background_per_foreground": attempt(
+                "foreground ratio", lambda: background_per_foreground(cfg)
+            ),
         }
         records.save(facts, measured)
 
 
 class _Clock(HookBase):
-    """Seconds of training and of the evaluation after it; reports how far it is."""
+    """Time of the steps, of training and of the evaluation after it; memory until then.
 
-    def __init__(self, report: Report | None) -> None:
-        self.report = report
+    Reports how far training is. Must be the last hook.
+    """
+
+    def __init__(self, cfg: CfgNode, report: Report | None) -> None:
+        self.cfg, self.report = cfg, report
         self.begin = self.last = self.reported = time.monotonic()
         self.seconds: dict[str, float] = {}
+        self.peak_memory_mib: float | None = None
 
     def before_train(self) -> None:
         """Start."""
         self.begin = self.last = time.monotonic()
+        if torch.device(self.cfg.MODEL.DEVICE).type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.cfg.MODEL.DEVICE)
 
     def after_step(self) -> None:
         """Report, but not more often than anyone looks."""
         self.last = time.monotonic()
+        # Here, since the last evaluation comes before this hook's after_train.
+        self.peak_memory_mib = peak_memory_mib(self.cfg.MODEL.DEVICE)
         if self.report is not None and self.last - self.reported >= REPORT_SECONDS:
             self.reported = self.last
             self.report(self.trainer.iter + 1)
@@ -162,92 +227,36 @@ class _Clock(HookBase):
             "evaluation": time.monotonic() - self.last,
         }
 
+    def images_per_second(self) -> float | None:
+        """Of the median step, loading included, evaluations and checkpoints not.
 
-def peak_memory_mib(device: str) -> float:
-    """Most memory so far: of PyTorch's allocator on a GPU, else resident in this process."""
-    if torch.device(device).type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device)) / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-@torch.no_grad()
-def time_inference(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
-    """Time from an image in memory to its detections, one image at a time.
-
-    Args:
-        cfg: whose first test set is meant.
-        model: on its device; left in evaluation mode.
-
-    Returns:
-        ``median`` and ``p95`` in milliseconds over :data:`TIMED` images, after :data:`WARM_UP`.
-    """
-    model.eval()
-    times: list[float] = []
-    on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
-    for index, inputs in enumerate(build_detection_test_loader(cfg, cfg.DATASETS.TEST[0])):
-        if index == WARM_UP + TIMED:
-            break
-        begin = time.perf_counter()
-        model(inputs)
-        if on_gpu:
-            torch.cuda.synchronize()
-        if index >= WARM_UP:
-            times.append(1000 * (time.perf_counter() - begin))
-    if len(times) < 2:  # a data set of hardly any image
-        times = [1000 * (time.perf_counter() - begin)] * 2
-    return {"median": statistics.median(times), "p95": statistics.quantiles(times, n=20)[-1]}
+        None where too few steps were left to do.
+        """
+        try:
+            steps = self.trainer.storage.history("time").values()[STEPS_WARM_UP:]
+        except KeyError:
+            return None
+        seconds = [value for value, _ in steps]
+        batch: int = self.cfg.SOLVER.IMS_PER_BATCH
+        return batch / statistics.median(seconds) if seconds else None
 
 
-@torch.no_grad()
-def count_gflops(cfg: CfgNode, model: nn.Module) -> float | None:
-    """Multiply-adds of one image's convolutions and matrix products, in 10^9, by fvcore.
-
-    Args:
-        cfg: whose first image of the first test set is meant.
-        model: left in evaluation mode.
-
-    Returns:
-        None where the model cannot be traced.
-    """
-    model.eval()
-    (inputs,) = itertools.islice(build_detection_test_loader(cfg, cfg.DATASETS.TEST[0]), 1)
-    counter = FlopCountAnalysis(model, inputs)
-    counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    try:
-        return float(counter.total()) / 1e9
-    except RuntimeError as error:  # of torch.jit.trace
-        logger.warning(f"operations cannot be counted: {str(error).splitlines()[0]}")
-        return None
-
-
-def background_per_foreground(cfg: CfgNode) -> float | None:
-    """How many background anchors there are for each foreground one, as training assigns them.
-
-    Args:
-        cfg: whose training sets are meant.
-
-    Returns:
-        None without a foreground anchor, or where the config's anchors are not Detectron2's.
-    """
-    try:
-        counts = count_anchors(cfg)
-    except ValueError:
-        return None
-    ratio: float | None = counts["background_per_foreground"]
-    return ratio
-
-
-def count_anchors(cfg: CfgNode) -> dict[str, Any]:
-    """See :func:`focal_det.data.checks.foreground_ratio`.
-
-    Args:
-        cfg: whose training sets are meant; :data:`COUNTED` of their images, evenly spaced, are
-            looked at, at the size of evaluation.
+def _score(cfg: CfgNode, rows: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """The last evaluation's AP; 0 where there are objects and nothing was detected.
 
     Raises:
-        ValueError: the config's anchors are not Detectron2's.
+        ValueError: the evaluation gave no AP of boxes.
     """
-    setup = anchor_setup(cfg)
-    images = usable_objects(get_detection_dataset_dicts(list(cfg.DATASETS.TRAIN), False))
-    return foreground_ratio(images[:: max(1, -(-len(images) // COUNTED))], setup)
+    if not any("bbox/AP" in row for row in rows):
+        raise ValueError(
+            f"the evaluation on DATASETS.TEST {tuple(cfg.DATASETS.TEST)} gave no bbox/AP: it takes "
+            "one data set, which Detectron2 evaluates as COCO's are"
+        )
+    found = records.average_precision(rows)
+    detections = folder / "inference" / "coco_instances_results.json"
+    if found["metrics"]["AP"] is None and json.loads(detections.read_text("utf-8")) == []:
+        # Detectron2 gives no number then. That a training led to nothing is a result, though.
+        images = get_detection_dataset_dicts(list(cfg.DATASETS.TEST), False)
+        if any(image.get("annotations") for image in images):
+            found["metrics"] |= dict.fromkeys(("AP", "AP50", "AP75"), 0.0)
+    return found

@@ -5,7 +5,7 @@ All metrics are in percent. A training that diverged counts as AP 0 in ranks, an
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -36,8 +36,12 @@ MEASURES: dict[str, Callable[[Sequence[dict[str, Any]]], list[Any]]] = {
 SHARED = (
     "DATASETS", "DATALOADER", "INPUT", "SOLVER", "MODEL.BACKBONE", "MODEL.RESNETS", "MODEL.FPN",
     "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.WEIGHTS", "MODEL.DEVICE",
+    "MODEL.ANCHOR_GENERATOR", "MODEL.RETINANET.NUM_CONVS", "MODEL.RETINANET.NORM",
+    "MODEL.RETINANET.SCORE_THRESH_TEST", "MODEL.RETINANET.TOPK_CANDIDATES_TEST",
+    "MODEL.RETINANET.NMS_THRESH_TEST", "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA",
     "TEST.DETECTIONS_PER_IMAGE",
 )  # fmt: skip
+ENVIRONMENT = ("commit", "device", "torch", "torchvision", "detectron2")
 
 
 def summarise(table: Table, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -91,11 +95,16 @@ def summarise(table: Table, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "commits": sorted({str(record["environment"]["commit"]) for record in every}),
         "devices": sorted({record["environment"]["device"] for record in every}),
         "iterations": sorted({record["iterations"] for record in every}),
-        "data": sorted({str(record["data"]) for record in every}),
+        "data": sorted({name_data(record) for record in every}),
         "background_per_foreground": _median(
             record["background_per_foreground"] for record in every
         ),
     }
+
+
+def name_data(record: Mapping[str, Any]) -> str:
+    """Names of the data sets that a record's trial was trained and evaluated on."""
+    return " / ".join(", ".join(part) for part in record["data"])
 
 
 def _spread(of_row: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -117,7 +126,7 @@ def _value(record: dict[str, Any], name: str) -> float | None:
 
 
 def unequal_settings(found: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
-    """Settings of :data:`SHARED` in which records differ.
+    """Settings of :data:`SHARED`, machines, versions and seeds in which records differ.
 
     Args:
         found: records of :func:`focal_det.lab.running.run_trial`.
@@ -126,11 +135,16 @@ def unequal_settings(found: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
         Key to its values, as text; empty where all agree.
     """
     seen: dict[str, set[str]] = {}
+    seeds: dict[str, set[int]] = {}
     for record in found:
+        seeds.setdefault(record["label"], set()).add(record["seed"])
+        for name in ENVIRONMENT:
+            seen.setdefault(name, set()).add(str(record["environment"].get(name)))
         cfg = CfgNode.load_cfg(record["config"])
         for key in SHARED:
             for name, value in _leaves(key, get_key(cfg, key)):
                 seen.setdefault(name, set()).add(str(value))
+    seen["seeds"] = {", ".join(map(str, sorted(numbers))) for numbers in seeds.values()}
     return {name: sorted(values) for name, values in seen.items() if len(values) > 1}
 
 
@@ -148,11 +162,14 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 
 def _rank(rows: Sequence[dict[str, Any]]) -> None:
-    """Add ``rank`` and ``paper_rank``, 1 for the highest AP; equal ones share the better rank."""
-    for key, values in (
-        ("rank", [row["metrics"][RANKED]["mean"] for row in rows]),
-        ("paper_rank", [row["paper"].get(RANKED) for row in rows]),
-    ):
+    """Add ``rank`` and ``paper_rank``, 1 for the highest AP; equal ones share the better rank.
+
+    Both are among the rows that have a result, so that they can be compared.
+    """
+    ours = [row["metrics"][RANKED]["mean"] for row in rows]
+    papers = [row["paper"].get(RANKED) for row in rows]
+    papers = [None if mine is None else its for mine, its in zip(ours, papers, strict=True)]
+    for key, values in (("rank", ours), ("paper_rank", papers)):
         for row, value in zip(rows, values, strict=True):
             better = sum(
                 other is not None and value is not None and other > value for other in values
@@ -184,7 +201,8 @@ def rank_correlation(rows: Iterable[dict[str, Any]]) -> float | None:
 def find_winner(rows: Sequence[dict[str, Any]]) -> tuple[str | None, str]:
     """The row that is ahead by more than the seeds differ.
 
-    Its lowest seed must be above the highest seed of every other row, and there must be two seeds.
+    Its lowest seed must be above the highest seed of every other row. Every row must have a result,
+    of two seeds at least and of as many as the best.
 
     Args:
         rows: of :func:`summarise`.
@@ -192,13 +210,17 @@ def find_winner(rows: Sequence[dict[str, Any]]) -> tuple[str | None, str]:
     Returns:
         Its label, or None, and a sentence that says why.
     """
-    scored = [row for row in rows if any(_numbers(row))]
-    if len(scored) < 2:
-        return None, "No winner: fewer than two rows have an AP above 0."
-    scored.sort(key=lambda row: -row["metrics"][RANKED]["mean"])
-    best, *others = scored
+    without = [row["label"] for row in rows if not _numbers(row)]
+    if without:
+        return None, f"No winner yet: no result of {'; '.join(without)}."
+    if len(rows) < 2 or not any(any(_numbers(row)) for row in rows):
+        return None, "No winner: no row has an AP above 0, or there is one row only."
+    best, *others = sorted(rows, key=lambda row: -row["metrics"][RANKED]["mean"])
     if len(_numbers(best)) < 2:
         return None, f"No winner: one seed says nothing of the spread ({best['label']} is highest)."
+    fewer = [row["label"] for row in others if len(_numbers(row)) < len(_numbers(best))]
+    if fewer:
+        return None, f"No winner yet: fewer seeds than of {best['label']} of {'; '.join(fewer)}."
     lowest = min(_numbers(best))
     near = [row["label"] for row in others if max(_numbers(row)) >= lowest]
     if near:

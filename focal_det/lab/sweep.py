@@ -13,8 +13,6 @@ from focal_det.progress import bar_options
 from .running import SCHEMA, run_trial
 from .trials import Trial
 
-# What a worker must know as this process does, wherever it runs.
-PASSED_ON = ("FOCAL_DET_DATASETS", "FOCAL_DET_PLUGINS", "DETECTRON2_DATASETS")
 OBJECT_STORE = 128 * 2**20  # bytes; records are small
 RETRIES = 2  # of a worker that dies; it goes on from its last checkpoint
 POLL_SECONDS = 1.0
@@ -48,7 +46,8 @@ def run_sweep(
     Args:
         trials: what to run; no two of one key.
         output: folder of the sweep.
-        address: of a Ray cluster; None starts Ray on this machine.
+        address: of a Ray cluster, whose nodes see the folders of this machine under the same
+            paths; None starts Ray on this machine.
         cpus: CPU cores for each trial.
         gpus: GPUs for each trial, a process on each.
 
@@ -62,9 +61,10 @@ def run_sweep(
     if not trials:
         return []
     ray = _import_ray()
-    names = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    options: dict[str, Any] = {"runtime_env": {"env_vars": {**names, "OMP_NUM_THREADS": str(cpus)}}}
+    options: dict[str, Any] = {"runtime_env": {"env_vars": worker_environment(cpus)}}
     if address is None:
+        # Not None: Ray would take that for a cluster that happens to run on this machine.
+        address = "local"
         options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
     # Workers' output is in each trial's log.txt.
     ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
@@ -75,8 +75,38 @@ def run_sweep(
         ray.shutdown()
 
 
+def worker_environment(cpus: int) -> dict[str, str]:
+    """What a worker must know as this process does, wherever it runs: paths are made absolute.
+
+    Args:
+        cpus: threads of a worker.
+    """
+    made = {
+        "OMP_NUM_THREADS": str(cpus),
+        "DETECTRON2_DATASETS": os.path.abspath(os.environ.get("DETECTRON2_DATASETS", "datasets")),
+    }
+    data_sets = []
+    for entry in filter(None, map(str.strip, os.environ.get("FOCAL_DET_DATASETS", "").split(","))):
+        name, *paths = entry.split(":")
+        data_sets.append(":".join([name, *(_absolute(path) for path in paths)]))
+    plugins = []
+    for entry in filter(None, map(str.strip, os.environ.get("FOCAL_DET_PLUGINS", "").split(","))):
+        plugins.append(_absolute(entry) if entry.endswith(".py") else entry)
+    if data_sets:
+        made["FOCAL_DET_DATASETS"] = ",".join(data_sets)
+    if plugins:
+        made["FOCAL_DET_PLUGINS"] = ",".join(plugins)
+    if "FOCAL_DET_ALLOW_OUTSIDE_IMAGES" in os.environ:
+        made["FOCAL_DET_ALLOW_OUTSIDE_IMAGES"] = os.environ["FOCAL_DET_ALLOW_OUTSIDE_IMAGES"]
+    return made
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path.strip()))
+
+
 def _run(ray: Any, trials: Sequence[Trial], output: Path, cpus: int, gpus: int) -> list[str]:
-    board = ray.remote(num_cpus=0)(Board).remote()
+    board = ray.remote(num_cpus=0, max_restarts=-1)(Board).remote()
     # A fresh process for each: nothing of one trial is left for the next.
     work = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=RETRIES)(_work)
     running = {
@@ -94,14 +124,24 @@ def _run(ray: Any, trials: Sequence[Trial], output: Path, cpus: int, gpus: int) 
                 finished += trial.iterations
                 try:
                     save_record(ray.get(reference), output)
-                except ray.exceptions.RayError as error:
-                    reason = str(error).strip().splitlines()[-1]
+                # OSError, ValueError: the record cannot be written.
+                except (ray.exceptions.RayError, OSError, ValueError) as error:
+                    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
                     problems.append(f"{trial.label}, seed {trial.seed} ({trial.key}): {reason}")
                     bar.write(problems[-1])
-            under_way = ray.get(board.get.remote())
+            under_way = _look_at(ray, board)
             now = finished + sum(under_way.get(trial.key, 0) for trial in running.values())
-            bar.update(now - bar.n)
+            bar.update(max(0, now - bar.n))
     return problems
+
+
+def _look_at(ray: Any, board: Any) -> dict[str, int]:
+    """What the board says; nothing while its node is lost, which must not end a sweep."""
+    try:
+        found: dict[str, int] = ray.get(board.get.remote())
+    except ray.exceptions.RayError:
+        return {}
+    return found
 
 
 def _work(trial: Trial, folder: str, gpus: int, board: Any) -> dict[str, Any]:

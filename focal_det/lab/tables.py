@@ -15,14 +15,17 @@ Instead of rows, ``axes`` may map config keys to lists of values; every combinat
 """
 
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
+from yaml import YAMLError
 
+from focal_det.analysis.records import METRICS
 from focal_det.safe_loading import load_yaml
 
 from .rivals import DIFFERENCES, choose_detector
@@ -31,6 +34,8 @@ FOLDER = Path(__file__).parent / "tables"
 DEPTHS = (18, 34, 50, 101, 152)
 RATIOS = {1: [1.0], 3: [0.5, 1.0, 2.0]}
 MAX_SCALES = 8
+PAPER_KEYS = (*METRICS, "milliseconds")
+RESERVED = frozenset({"results", "metrics"})  # whose .json other tools write
 TABLE_KEYS = frozenset({"title", "source", "overrides", "rows", "axes", "speed"})
 ROW_KEYS = frozenset(
     {"label", "overrides", "anchors", "image_scale", "deeper", "detector", "paper"}
@@ -100,6 +105,11 @@ class Table:
     rows: tuple[Row, ...]
     speed: bool = False
 
+    @property
+    def timed(self) -> bool:
+        """Whether it shows times, so that its trials must not share cores."""
+        return self.speed or any("milliseconds" in row.paper for row in self.rows)
+
 
 def built_in() -> list[str]:
     """Names of the tables that come with focal_det."""
@@ -122,8 +132,13 @@ def load_table(name: str) -> Table:
             raise ValueError(
                 f"--table must be one of {', '.join(built_in())}, all, or a YAML file, got {name!r}"
             )
+    if path.stem in RESERVED:
+        raise ValueError(f"{path}: a table cannot be called {path.stem}, other files are")
     with path.open(encoding="utf-8") as file:
-        content = load_yaml(file)
+        try:
+            content = load_yaml(file)
+        except YAMLError as error:
+            raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     _check_keys(content, TABLE_KEYS, str(path))
     if ("rows" in content) == ("axes" in content):
         raise ValueError(f"{path} must have either rows or axes")
@@ -131,7 +146,9 @@ def load_table(name: str) -> Table:
     if "axes" in content:
         rows = _product(_mapping(content["axes"], f"{path}: axes"), shared, path)
     else:
-        rows = [_row(entry, shared, path) for entry in content["rows"] or []]
+        if not isinstance(content["rows"], list):
+            raise ValueError(f"{path}: rows must be a list, got {content['rows']!r}")
+        rows = [_row(entry, shared, path) for entry in content["rows"]]
     if not rows:
         raise ValueError(f"{path} has no row")
     labels = [row.label for row in rows]
@@ -156,7 +173,8 @@ def _row(entry: Any, shared: dict[str, Any], path: Path) -> Row:
     if anchors is not None:
         anchors = _mapping(anchors, f"{where}: anchors")
         scales, ratios = anchors.get("scales"), anchors.get("aspect_ratios")
-        if scales not in range(1, MAX_SCALES + 1) or ratios not in RATIOS or len(anchors) != 2:
+        known = _is_one_of(scales, range(1, MAX_SCALES + 1)) and _is_one_of(ratios, RATIOS)
+        if not known or len(anchors) != 2:
             raise ValueError(
                 f"{where}: anchors must have scales, 1 to {MAX_SCALES}, and aspect_ratios, "
                 f"{' or '.join(map(str, RATIOS))}, got {anchors}"
@@ -168,21 +186,30 @@ def _row(entry: Any, shared: dict[str, Any], path: Path) -> Row:
     if scale <= 0:
         raise ValueError(f"{where}: image_scale must be above 0, got {entry['image_scale']!r}")
     deeper = entry.get("deeper", 0)
-    if deeper not in range(len(DEPTHS)):
+    if not _is_one_of(deeper, range(len(DEPTHS))):
         raise ValueError(f"{where}: deeper must be 0 to {len(DEPTHS) - 1}, got {deeper!r}")
     detector = entry.get("detector", "focal_det")
-    if detector not in DIFFERENCES:
+    if not isinstance(detector, str) or detector not in DIFFERENCES:
         raise ValueError(
             f"{where}: detector must be one of {', '.join(DIFFERENCES)}, got {detector!r}"
         )
     paper = _mapping(entry.get("paper"), f"{where}: paper")
     for key, value in paper.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if key not in PAPER_KEYS:
+            raise ValueError(f"{where}: paper: {key} is none of {', '.join(PAPER_KEYS)}")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value):
             raise ValueError(f"{where}: paper: {key} must be a number, got {value!r}")
     return Row(label, overrides, paper, anchors, scale, deeper, detector)
 
 
+def _is_one_of(value: Any, whole: Iterable[int]) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value in whole
+
+
 def _product(axes: dict[str, Any], shared: dict[str, Any], path: Path) -> list[Row]:
+    if not axes:
+        raise ValueError(f"{path}: axes must map config keys to lists of values, got none")
     for key, values in axes.items():
         if not isinstance(values, list) or not values:
             raise ValueError(f"{path}: axes: {key} must be a list of values, got {values!r}")
@@ -234,5 +261,11 @@ def _deepen(cfg: CfgNode, steps: int) -> None:
             f"MODEL.RESNETS.DEPTH is {depth}: there is no ResNet {steps} steps deeper along "
             f"{', '.join(map(str, DEPTHS))}"
         )
+    weights, name = cfg.MODEL.WEIGHTS, f"R-{depth}."
+    if weights and name not in weights:
+        raise ValueError(
+            f"MODEL.WEIGHTS {weights!r} has no {name!r} in its name to be replaced: give weights "
+            f"of each depth such a name, or train from scratch with MODEL.WEIGHTS ''"
+        )
     cfg.MODEL.RESNETS.DEPTH = deeper[0]
-    cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS.replace(f"R-{depth}.", f"R-{deeper[0]}.")
+    cfg.MODEL.WEIGHTS = weights.replace(name, f"R-{deeper[0]}.")

@@ -1,6 +1,7 @@
 """A row of a table, a data set, a budget and a seed as one complete config."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ class Trial:
         seed: of weights and data order.
         iterations: of the training.
         config: the whole config as YAML; ``OUTPUT_DIR`` is empty.
+        processes: that share each batch, a GPU each; statistics of batch norm are of one alone.
     """
 
     table: str
@@ -35,11 +37,13 @@ class Trial:
     seed: int
     iterations: int
     config: str
+    processes: int = 1
 
     @property
     def key(self) -> str:
-        """Hash of the config, 12 hexadecimal digits: the same run has the same key."""
-        return hashlib.sha256(self.config.encode()).hexdigest()[:12]
+        """Hash of config and processes, 12 hexadecimal digits: the same run has the same key."""
+        run = self.config if self.processes == 1 else f"{self.config}# {self.processes} processes"
+        return hashlib.sha256(run.encode()).hexdigest()[:12]
 
     def load_config(self, output_dir: str) -> CfgNode:
         """The frozen config.
@@ -64,6 +68,7 @@ def make_trials(
     budget: int | None = None,
     device: str = "cpu",
     options: Sequence[str] = (),
+    processes: int = 1,
 ) -> list[Trial]:
     """All trials of a table, seed by seed, so that every row has a result early.
 
@@ -75,11 +80,13 @@ def make_trials(
         budget: iterations of each; the schedule is scaled to it. None for the config's own.
         device: ``MODEL.DEVICE``.
         options: ``KEY VALUE`` pairs for all rows, which a row's own outdo.
+        processes: of each trial, see :class:`Trial`.
 
     Raises:
         AssertionError, KeyError: an override that is no config key (Detectron2's messages).
         OSError: the config file cannot be read.
-        ValueError: another value that cannot be used; it is named, with the row.
+        ValueError: another value that cannot be used, or two rows that are one setting with this
+            config; the rows are named.
     """
     for name in dataset_names(data):
         if name not in DatasetCatalog:
@@ -92,18 +99,40 @@ def make_trials(
         device=device,
         options=options,
     )
+    for row, first in zip(table.rows, _first_trials(table, base), strict=True):
+        try:
+            check_training(first)
+            _try_to_build(first)
+        except (AssertionError, KeyError, ValueError) as error:
+            raise type(error)(f"table {table.name}, row {row.label!r}: {error}") from error
     trials = []
     for seed in range(1, seeds + 1):
         for row in table.rows:
-            try:
-                cfg = row_config(base, row, seed)
-                check_training(cfg)
-                _try_to_build(cfg)
-            except (AssertionError, KeyError, ValueError) as error:
-                raise type(error)(f"table {table.name}, row {row.label!r}: {error}") from error
-            iterations = cfg.SOLVER.MAX_ITER
-            trials.append(Trial(table.name, row.label, row.overrides, seed, iterations, cfg.dump()))
+            cfg = row_config(base, row, seed)
+            iterations, text = cfg.SOLVER.MAX_ITER, cfg.dump()
+            trials.append(
+                Trial(table.name, row.label, row.overrides, seed, iterations, text, processes)
+            )
     return trials
+
+
+def _first_trials(table: Table, base: CfgNode) -> list[CfgNode]:
+    """The configs of the first seed.
+
+    Raises:
+        AssertionError, KeyError, ValueError: see :func:`make_trials`.
+    """
+    found: dict[str, tuple[str, CfgNode]] = {}
+    for row in table.rows:
+        where = f"table {table.name}, row {row.label!r}"
+        try:
+            cfg = row_config(base, row, 1)
+        except (AssertionError, KeyError, ValueError) as error:
+            raise type(error)(f"{where}: {error}") from error
+        other, _ = found.setdefault(cfg.dump(), (row.label, cfg))
+        if other != row.label:
+            raise ValueError(f"{where}: with this config it is the same setting as row {other!r}")
+    return [cfg for _, cfg in found.values()]
 
 
 def dataset_names(data: str) -> tuple[str, str]:
@@ -141,6 +170,8 @@ def base_config(
     base.MODEL.ROI_HEADS.NUM_CLASSES = num_classes
     base.MODEL.DEVICE = device
     base.merge_from_list(list(options))
+    if os.path.isfile(base.MODEL.WEIGHTS):  # for trials that run elsewhere
+        base.MODEL.WEIGHTS = os.path.abspath(base.MODEL.WEIGHTS)
     if budget is not None:
         scale_schedule(base, budget)
     return base
@@ -165,10 +196,17 @@ def row_config(base: CfgNode, row: Row, seed: int) -> CfgNode:
 
 
 def _try_to_build(cfg: CfgNode) -> None:
-    """Build the model without its weights, which takes next to no time and memory."""
+    """Build the model without its weights, which takes next to no time and memory.
+
+    A model that works with numbers while it is built cannot be built so; it is built on the CPU.
+    """
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = "meta"
-    with torch.device("meta"):
+    try:
+        with torch.device("meta"):
+            build_model(cfg)
+    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
+        cfg.MODEL.DEVICE = "cpu"
         build_model(cfg)
 
 

@@ -85,7 +85,7 @@ def test_a_built_in_table_stands_beside_the_paper(output):
     # The paper's order of the four that it has is ours.
     assert "Kendall's tau with the paper's order: 1.00." in text
     assert "its lowest seed (10.0) is above the highest of any other row (9.0)." in text
-    assert "12 trials; 40 iterations; data seen_train and seen_val; commit abc; CPU." in text
+    assert "12 trials; 40 iterations; data seen_train / seen_val; commit abc; CPU." in text
     assert "Means: cross entropy, prior .5 1.5;" in page
     assert "Curves and pictures are of each row's first trial, seed 1." in text
 

@@ -49,6 +49,15 @@ def made(**values):
     return summary.summarise(TABLE, found)
 
 
+def of_rows(**values):
+    """The same of a table with these rows alone."""
+    rows = tuple(row for row in TABLE.rows if row.label in values)
+    found = [
+        record(label, seed, ap) for label, aps in values.items() for seed, ap in enumerate(aps, 1)
+    ]
+    return summary.summarise(Table("t", "A table", "somewhere", rows), found)
+
+
 def row(made, label):
     return next(each for each in made["rows"] if each["label"] == label)
 
@@ -83,29 +92,46 @@ def test_kendalls_tau_with_the_papers_order(values, tau):
     assert made(**values)["kendall_tau"] == (None if tau is None else pytest.approx(tau))
 
 
-def test_the_winner_is_ahead_by_more_than_the_seeds_differ():
-    found = made(a=[10.0, 11.0], b=[11.5, 15.0])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"a": [10.0, 11.0], "b": [11.5, 15.5]},
+        {"a": [0.0, 0.0], "b": [15.0, 16.0]},  # the others led to nothing
+        {"a": [1.0, 2.0, 3.0], "b": [15.0, 16.0]},
+    ],
+)
+def test_the_winner_is_ahead_by_more_than_the_seeds_differ(values):
+    found = of_rows(**values)
     assert found["winner"] == "b"
-    assert found["verdict"] == (
-        "b: its lowest seed (11.5) is above the highest of any other row (11.0)."
-    )
+    lowest, highest = values["b"][0], max(values["a"])
+    assert f"lowest seed ({lowest})" in found["verdict"]
+    assert f"the highest of any other row ({highest})" in found["verdict"]
 
 
 @pytest.mark.parametrize(
     ("values", "says"),
     [
         (
-            {"a": [10.0, 12.0], "b": [11.5, 15.0]},
+            {"a": [10.0, 12.0], "b": [11.5, 15.5]},
             "its lowest seed (11.5) is not above the highest of a",
         ),
         ({"a": [10.0], "b": [15.0]}, "one seed says nothing of the spread (b is highest)"),
-        ({"a": [0.0, 0.0], "b": [15.0, 16.0]}, "fewer than two rows have an AP above 0"),
+        ({"a": [10.0], "b": [15.0, 16.0]}, "fewer seeds than of b of a"),
+        ({"a": [10.0, 11.0], "b": [15.0, 16.0], "c": []}, "no result of c"),
+        ({"a": [0.0, 0.0], "b": [0.0, 0.0]}, "no row has an AP above 0"),
+        ({"a": [5.0, 6.0]}, "one row only"),
     ],
 )
-def test_no_winner_inside_the_spread(values, says):
-    found = made(**values)
+def test_no_winner_inside_the_spread_or_before_all_have_run(values, says):
+    found = of_rows(**values)
     assert found["winner"] is None
     assert says in found["verdict"]
+
+
+def test_ranks_are_among_the_rows_that_have_run():
+    found = made(a=[20.0], c=[12.0])
+    assert [each["rank"] for each in found["rows"]] == [1, None, 2, None]
+    assert [each["paper_rank"] for each in found["rows"]] == [2, None, 1, None]
 
 
 def test_a_training_that_diverged_counts_as_nothing_and_is_named():
@@ -118,13 +144,13 @@ def test_a_training_that_diverged_counts_as_nothing_and_is_named():
 
 
 def test_markdown_has_the_papers_column_and_marks_the_winner():
-    text = markdown.render(made(a=[10.0, 11.0], b=[11.5, 15.5]))
+    text = markdown.render(of_rows(a=[10.0, 11.0], b=[11.5, 15.5]))
     lines = text.splitlines()
     assert lines[0] == "### A table"
     cells = [cell.strip() for cell in next(x for x in lines if "**b**" in x).split("|")]
-    assert cells[1:] == ["**b**", "13.5 ± 2.8", "", "", "2", "1", "31.0", "50.0", "", "2", ""]
+    assert cells[1:] == ["**b**", "13.5 ± 2.8", "", "", "2", "1", "31.0", "50.0", "", "1", ""]
     assert "Kendall's tau with the paper's order: 1.00." in text
-    assert "10 iterations, commit abc, CPU." in text
+    assert "10 iterations on x_train / x_val, commit abc, CPU." in text
     assert "ms an image" not in text
     json.dumps(made(a=[1.0]), allow_nan=False)
 
@@ -132,7 +158,8 @@ def test_markdown_has_the_papers_column_and_marks_the_winner():
 def test_a_table_of_speed_shows_it_and_what_differs():
     rows = (Row("ours", {}), Row("other", {}, detector="faster_rcnn"))
     table = Table("t", "A fight", "", rows, speed=True)
-    found = [record("ours", 1, 10.0), record("ours", 3, 12.0), record("other", 1, 5.0)]
+    found = [record("ours", 1, 10.0), record("ours", 3, 12.0)]
+    found += [record("other", 1, 5.0), record("other", 3, 6.0)]
     text = markdown.render(summary.summarise(table, found))
     cells = {
         x.split("|")[1].strip(" *"): [y.strip() for y in x.split("|")]
@@ -144,8 +171,19 @@ def test_a_table_of_speed_shows_it_and_what_differs():
     assert cells["other"][13].startswith("two stages")
     assert "All rows agree in data" in text
     other = {**record("other", 1, 5.0), "config": "SOLVER: {BASE_LR: 0.2}\n"}
+    other["environment"] = {"commit": "abc", "device": "a GPU"}
     text = markdown.render(summary.summarise(table, [*found[:2], other]))
-    assert "**The rows do not agree in all settings.** SOLVER.BASE_LR: 0.1 or 0.2." in text
+    assert (
+        "**The rows do not agree in all settings.** device: CPU or a GPU; "
+        "SOLVER.BASE_LR: 0.1 or 0.2; seeds: 1 or 1, 3."
+    ) in text
+
+
+def test_a_bar_in_a_label_is_no_new_cell():
+    text = markdown.render(
+        of_rows(a=[1.0]) | {"rows": [{**row(made(a=[1.0]), "a"), "label": "a|b"}]}
+    )
+    assert "| a\\|b |" in text
 
 
 def test_records_of_other_rows_are_left_out():

@@ -9,6 +9,7 @@ from detectron2.config import get_cfg
 
 import focal_det
 from focal_det.lab.tables import Row, built_in, load_table
+from focal_det.losses import build_loss
 
 
 @pytest.fixture
@@ -57,6 +58,50 @@ def test_each_row_changes_what_its_label_says(cfg):
         dumps = [json.dumps(m, sort_keys=True) for (table, _), m in found.items() if table == name]
         if name != "1e":  # whose rows differ in INPUT too
             assert len(set(dumps)) == len(dumps)
+
+
+def test_a_row_is_what_its_label_says_whatever_it_starts_from(cfg):
+    """A base with other values of a loss must not show through."""
+    odd = cfg.clone()
+    odd.merge_from_list(
+        [
+            *("MODEL.RETINANET.FOCAL_LOSS_GAMMA", 3.5, "MODEL.RETINANET.FOCAL_LOSS_ALPHA", 0.6),
+            *("MODEL.FOCAL_DET.BALANCED_CE.ALPHA", 0.6, "MODEL.FOCAL_DET.HINGE.THRESHOLD", 0.6),
+            *("MODEL.FOCAL_DET.FL_STAR.ALPHA", 0.6, "MODEL.FOCAL_DET.FL_STAR.GAMMA", 3.5),
+            *("MODEL.FOCAL_DET.FL_STAR.BETA", 3.5, "MODEL.FOCAL_DET.OHEM.BATCH_SIZE", 7),
+            *("MODEL.FOCAL_DET.OHEM.NMS_THRESH", 0.6, "MODEL.FOCAL_DET.OHEM.NEG_POS_RATIO", 6.0),
+        ]
+    )
+    compared = 0
+    for name in built_in():
+        for row in load_table(name).rows:
+            made, expected = odd.clone(), cfg.clone()
+            row.apply(made)
+            row.apply(expected)
+            if row.detector == "focal_det":
+                assert repr(build_loss(made)) == repr(build_loss(expected)), (name, row.label)
+                compared += 1
+    assert compared > 50
+
+
+def test_a_deeper_net_does_not_start_from_the_weights_of_another_depth(cfg):
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.WEIGHTS = 50, "mine.pth"
+    with pytest.raises(ValueError, match=r"MODEL.WEIGHTS 'mine.pth' has no 'R-50.' in its name"):
+        Row("", {}, deeper=1).apply(cfg)
+    cfg.MODEL.WEIGHTS = "far/R-50.pkl"
+    Row("", {}, deeper=1).apply(cfg)
+    assert (cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.WEIGHTS) == (101, "far/R-101.pkl")
+
+
+@pytest.mark.parametrize(("name", "timed"), [("1e", True), ("detectors", True), ("1a", False)])
+def test_tables_that_show_times_say_so(name, timed):
+    assert load_table(name).timed is timed
+
+
+def test_a_table_cannot_take_the_name_of_another_tools_file(tmp_path):
+    (tmp_path / "results.yaml").write_text("rows: [{label: a}]")
+    with pytest.raises(ValueError, match="a table cannot be called results"):
+        load_table(str(tmp_path / "results.yaml"))
 
 
 def test_anchors_are_so_many_to_the_octave_from_each_levels_smallest(cfg):
@@ -131,6 +176,15 @@ axes:
         ("rows: [{label: a, deeper: -1}]", "deeper must be 0 to 4, got -1"),
         ("rows: [{label: a, paper: {AP: high}}]", "paper: AP must be a number, got 'high'"),
         ("axes: {A: 1}", "axes: A must be a list of values, got 1"),
+        ("axes: {}", "axes must map config keys to lists of values, got none"),
+        ("rows: 5", "rows must be a list, got 5"),
+        ("rows: [{label: a}", "is no YAML: "),
+        ("rows: [{label: a, anchors: {scales: 2.0, aspect_ratios: 1}}]", "scales, 1 to 8, and asp"),
+        ("rows: [{label: a, anchors: {scales: 2, aspect_ratios: [1]}}]", "aspect_ratios, 1 or 3"),
+        ("rows: [{label: a, detector: [fcos]}]", "detector must be one of focal_det"),
+        ("rows: [{label: a, deeper: 1.0}]", "deeper must be 0 to 4, got 1.0"),
+        ("rows: [{label: a, paper: {AP: .nan}}]", "paper: AP must be a number, got nan"),
+        ("rows: [{label: a, paper: {ap: 3}}]", "paper: ap is none of AP, AP50, AP75"),
     ],
 )
 def test_what_is_wrong_in_a_table_is_named_with_its_file(tmp_path, text, says):

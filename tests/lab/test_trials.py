@@ -1,12 +1,20 @@
 """From a row to a config, and from a config to a record."""
 
+import fcntl
 import math
+from pathlib import Path
 
 import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from focal_det.data import DigitsClutterSpec, generate, register_from_env
+from focal_det.lab import running
+from focal_det.lab import trials as trials_module
+from focal_det.lab.measuring import background_per_foreground
 from focal_det.lab.running import run_trial
 from focal_det.lab.tables import Row, Table, load_table
-from focal_det.lab.trials import make_trials
+from focal_det.lab.trials import base_config, make_trials
 
 DEMO = "configs/demo/focal_retinanet_digits.yaml"
 FAST = ("SOLVER.IMS_PER_BATCH", 2)
@@ -76,6 +84,37 @@ def test_data_that_is_not_there_is_named_with_what_is(root):
         make_trials(load_table("3"), config_file=str(root / DEMO), data="no", seeds=1)
 
 
+def test_two_rows_that_are_one_setting_are_refused(trials):
+    with pytest.raises(ValueError, match=r"row 'b': with this config it is the same .* row 'a'"):
+        trials(Row("a", {}), Row("b", {"MODEL.FOCAL_DET.LOSS.NAME": "FocalLoss"}))
+
+
+def test_another_number_of_processes_is_another_run(root, few):
+    table = Table("t", "A table", "", (Row("focal", {}),))
+    shared = {"config_file": str(root / DEMO), "data": few, "seeds": 1}
+    (one,), (two,) = (make_trials(table, **shared, processes=x) for x in (1, 2))
+    assert one.config == two.config
+    assert one.key != two.key
+
+
+def test_weights_are_found_from_anywhere(trials, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "start.pth").write_bytes(b"")
+    (trial,) = trials(options=(*FAST, "MODEL.WEIGHTS", "start.pth"))
+    assert str(tmp_path / "start.pth") == trial.load_config("").MODEL.WEIGHTS
+
+
+def test_a_model_that_reads_numbers_while_it_is_built_is_no_reason_to_stop(trials, monkeypatch):
+    def build(cfg):
+        built.append(cfg.MODEL.DEVICE)
+        return torch.linspace(0, 1, 3).sum().item()  # as rates of stochastic depth are
+
+    built = []
+    monkeypatch.setattr(trials_module, "build_model", build)
+    trials(seeds=3)
+    assert built == ["meta", "cpu"]  # once a row
+
+
 def test_a_record_says_what_was_run_and_what_came(trials, tmp_path):
     (trial,) = trials()
     seen = []
@@ -97,6 +136,87 @@ def test_a_record_says_what_was_run_and_what_came(trials, tmp_path):
     again = run_trial(trial, tmp_path / "a")
     assert again["resumed_from"] == 2
     assert again["metrics"] == record["metrics"]
+
+
+def test_a_trial_that_is_run_elsewhere_is_left_alone(trials, tmp_path):
+    (trial,) = trials()
+    tmp_path.joinpath("a").mkdir()
+    with (tmp_path / "a" / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(RuntimeError, match="another sweep is running this trial"):
+            run_trial(trial, tmp_path / "a")
+
+
+def test_other_annotations_under_the_same_name_start_anew(trials, few, tmp_path):
+    (trial,) = trials()
+    first = run_trial(trial, tmp_path / "a")
+    assert sorted(first["annotations"]) == ["few_train", "few_val"]
+    path = Path(MetadataCatalog.get("few_train").json_file)
+    path.write_text(path.read_text() + " ")
+    second = run_trial(trial, tmp_path / "a")
+    assert second["resumed_from"] == 0
+    assert second["annotations"]["few_train"] != first["annotations"]["few_train"]
+    assert second["annotations"]["few_val"] == first["annotations"]["few_val"]
+
+
+def test_a_training_that_detects_nothing_has_an_ap_of_0(trials, tmp_path):
+    (trial,) = trials(options=(*FAST, "MODEL.RETINANET.SCORE_THRESH_TEST", 0.9999))
+    metrics = run_trial(trial, tmp_path / "a")["metrics"]
+    assert (metrics["AP"], metrics["AP50"], metrics["AP75"]) == (0.0, 0.0, 0.0)
+
+
+def test_an_evaluation_without_ap_is_no_result(trials, tmp_path):
+    (trial,) = trials(options=(*FAST, "DATASETS.TEST", ()))
+    with pytest.raises(ValueError, match=r"DATASETS.TEST \(\) gave no bbox/AP"):
+        run_trial(trial, tmp_path / "a")
+
+
+def test_a_cut_training_keeps_one_checkpoint_and_a_whole_one_its_end(trials, tmp_path):
+    (trial,) = trials(budget=10)
+    folder = tmp_path / "a"
+
+    def stop(_iteration):
+        if (folder / "model_0000005.pth").exists():
+            raise KeyboardInterrupt
+
+    patience = running.REPORT_SECONDS
+    running.REPORT_SECONDS = 0.0
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_trial(trial, folder, report=stop)
+    finally:
+        running.REPORT_SECONDS = patience
+    assert [x.name for x in folder.glob("model_*")] == ["model_0000005.pth"]
+    record = run_trial(trial, folder)
+    assert record["resumed_from"] == 6
+    assert [x.name for x in folder.glob("model_*")] == ["model_final.pth"]
+    assert record["config"] == trial.config
+
+
+def test_what_cannot_be_measured_costs_no_trial(trials, tmp_path, monkeypatch):
+    def fail(*_):
+        raise AttributeError("a model of somebody else's")
+
+    monkeypatch.setattr(running, "count_gflops", fail)
+    monkeypatch.setattr(running, "time_inference", fail)
+    (trial,) = trials()
+    record = run_trial(trial, tmp_path / "a")
+    assert (record["gflops"], record["inference_ms"]) == (None, None)
+    assert record["metrics"]["AP"] is not None
+
+
+def test_images_that_training_leaves_out_do_not_count_as_background(tmp_path, root):
+    """Half of the scenes are empty: with them, twice as many background anchors."""
+    generate(DigitsClutterSpec(train_images=60, val_images=1, empty_fraction=0.5), tmp_path / "x")
+    register_from_env(f"half_empty:{tmp_path}/x/train.json:{tmp_path}/x/images/train")
+    cfg = base_config(str(root / DEMO), data="x", num_classes=10)
+    cfg.DATASETS.TRAIN = ("half_empty",)
+    ratios = {}
+    for cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS in (False, True):
+        ratios[cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS] = background_per_foreground(cfg)
+    DatasetCatalog.remove("half_empty")
+    MetadataCatalog.remove("half_empty")
+    assert 1.5 < ratios[False] / ratios[True] < 2.7
 
 
 def test_a_loss_that_diverges_has_a_record(trials, tmp_path):

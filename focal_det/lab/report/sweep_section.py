@@ -11,7 +11,7 @@ from focal_det.analysis.records import METRICS
 from focal_det.lab import charts
 from focal_det.lab.figures import speed_picture
 from focal_det.lab.markdown import SPEED, equality
-from focal_det.lab.summary import RANKED
+from focal_det.lab.summary import RANKED, name_data
 
 from .finding import Found
 from .picture_wall import pictures
@@ -62,7 +62,7 @@ def _source(outcome: Outcome) -> str:
 
 def data_of(outcome: Outcome) -> str:
     """Names of the data sets that its trials were trained and evaluated on, as plain text."""
-    names = [" and ".join(map(", ".join, x["data"])) for x in outcome.trials.values()]
+    names = [name_data(trial) for trial in outcome.trials.values()]
     return _list(dict.fromkeys(names) or outcome.summary["data"])
 
 

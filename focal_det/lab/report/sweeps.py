@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from focal_det.lab.summary import RANKED, summarise
+from focal_det.lab.summary import RANKED, name_data, summarise
 from focal_det.lab.tables import Row, Table, built_in, load_table
 
 from .finding import Sweep
@@ -39,7 +39,8 @@ def outcomes(sweep: Sweep) -> list[Outcome]:
     """
     made = []
     for name, trials, setting in _groups(sweep.trials):
-        summary = summarise(_table(name, trials), trials)
+        table = _table(name, trials)
+        summary = summarise(table, [*trials, *_shared(sweep.trials, table, trials[0], setting)])
         saved = sweep.saved.get(name)
         if saved is not None and _covers(saved, summary):
             summary = saved
@@ -90,6 +91,31 @@ def _table(name: str, trials: Sequence[dict[str, Any]]) -> Table:
     return Table(table.name, table.title, table.source, (*table.rows, *others), table.speed)
 
 
+def _shared(
+    trials: Iterable[dict[str, Any]],
+    table: Table,
+    like: dict[str, Any],
+    setting: dict[str, str],
+) -> list[dict[str, Any]]:
+    """Trials of other tables that are of this one's rows too, under the labels of these rows.
+
+    Args:
+        trials: of the whole sweep.
+        table: whose rows are meant.
+        like: a trial of it; data set and budget must be the same.
+        setting: what the group's trials have in common.
+    """
+    found = []
+    for row in table.rows:
+        for trial in trials:
+            same = all(trial[part] == like[part] for part in ("data", "iterations"))
+            same = same and dict(trial["overrides"]) == row.overrides
+            held = all(trial["settings"].get(key, "not set") == x for key, x in setting.items())
+            if trial["table"] != table.name and same and held:
+                found.append({**trial, "label": row.label})
+    return found
+
+
 def _covers(saved: dict[str, Any], made: dict[str, Any]) -> bool:
     """Whether a summary has the results of every trial that another has."""
     there = {row["label"]: _results(row) for row in saved["rows"]}
@@ -119,6 +145,6 @@ def _is_of(trial: dict[str, Any], row: dict[str, Any], summary: dict[str, Any]) 
     return (
         (trial["seed"], value) in _results(row)
         and trial["iterations"] in summary["iterations"]
-        and str(trial["data"]) in summary["data"]
+        and name_data(trial) in summary["data"]
         and (trial["label"] == row["label"] or dict(trial["overrides"]) == row["overrides"])
     )

@@ -1,0 +1,160 @@
+"""What is measured of a trained model and its data; all of it optional, none may cost a trial."""
+
+import hashlib
+import itertools
+import logging
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import (
+    MetadataCatalog,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.utils.analysis import FlopCountAnalysis
+from torch import nn
+
+from focal_det.data.checks import anchor_setup, foreground_ratio, usable_objects
+
+# Below Detectron2's logger, whose handlers every Detectron2 script sets up.
+logger = logging.getLogger(f"detectron2.{__name__}")
+
+WARM_UP, TIMED = 3, 40  # images
+COUNTED = 200  # images
+# Detectors whose anchors are those of MODEL.ANCHOR_GENERATOR, assigned as RetinaNet does.
+ANCHORED = frozenset({"FocalRetinaNet", "RetinaNet", "TorchvisionRetinaNet"})
+
+Value = TypeVar("Value")
+
+
+def attempt(what: str, measure: Callable[[], Value]) -> Value | None:
+    """A measurement; None, and a warning, where it fails.
+
+    Training is over by then, and a model of somebody else's may raise anything.
+
+    Args:
+        what: is measured, for the warning.
+        measure: does it.
+    """
+    try:
+        return measure()
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        logger.warning(f"{what}: not measured, {type(error).__name__}: {reason}")
+        return None
+
+
+def fingerprints(datasets: Iterable[str]) -> dict[str, str]:
+    """A hash of each data set's annotations, 12 hexadecimal digits, by the data set's name.
+
+    Args:
+        datasets: registered names; those without a file of annotations are left out.
+    """
+    made = {}
+    for name in datasets:
+        path = MetadataCatalog.get(name).get("json_file")
+        if path and os.path.isfile(path):
+            digest = hashlib.sha256()
+            with open(path, "rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+            made[name] = digest.hexdigest()[:12]
+    return made
+
+
+def peak_memory_mib(device: str) -> float:
+    """Most memory so far: of PyTorch's allocator on a GPU, else resident in this process."""
+    if torch.device(device).type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device)) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+@torch.no_grad()
+def time_inference(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
+    """Time from an image in memory to its detections, one image at a time.
+
+    Args:
+        cfg: whose first test set is meant.
+        model: on its device; left in evaluation mode.
+
+    Returns:
+        ``median`` and ``p95`` in milliseconds over :data:`TIMED` images, after :data:`WARM_UP`.
+    """
+    model.eval()
+    times: list[float] = []
+    on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
+    for index, inputs in enumerate(build_detection_test_loader(cfg, cfg.DATASETS.TEST[0])):
+        if index == WARM_UP + TIMED:
+            break
+        begin = time.perf_counter()
+        model(inputs)
+        if on_gpu:
+            torch.cuda.synchronize()
+        if index >= WARM_UP:
+            times.append(1000 * (time.perf_counter() - begin))
+    if len(times) < 2:  # a data set of hardly any image
+        times = [1000 * (time.perf_counter() - begin)] * 2
+    return {"median": statistics.median(times), "p95": statistics.quantiles(times, n=20)[-1]}
+
+
+@torch.no_grad()
+def count_gflops(cfg: CfgNode, model: nn.Module) -> float:
+    """Multiply-adds of one image's convolutions and matrix products, in 10^9, by fvcore.
+
+    Args:
+        cfg: whose first image of the first test set is meant.
+        model: left in evaluation mode.
+
+    Raises:
+        RuntimeError: the model cannot be traced.
+    """
+    model.eval()
+    (inputs,) = itertools.islice(build_detection_test_loader(cfg, cfg.DATASETS.TEST[0]), 1)
+    counter = FlopCountAnalysis(model, inputs)
+    counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    return float(counter.total()) / 1e9
+
+
+def background_per_foreground(cfg: CfgNode) -> float | None:
+    """How many background anchors there are for each foreground one, as training assigns them.
+
+    Args:
+        cfg: whose training sets are meant.
+
+    Returns:
+        None without a foreground anchor, or for a detector without such anchors.
+
+    Raises:
+        ValueError: the config's anchors are not Detectron2's.
+    """
+    if cfg.MODEL.META_ARCHITECTURE not in ANCHORED:
+        return None
+    ratio: float | None = count_anchors(cfg)["background_per_foreground"]
+    return ratio
+
+
+def count_anchors(cfg: CfgNode) -> dict[str, Any]:
+    """See :func:`focal_det.data.checks.foreground_ratio`.
+
+    Args:
+        cfg: whose training sets are meant, without images that ``FILTER_EMPTY_ANNOTATIONS``
+            leaves out; :data:`COUNTED` of them, evenly spaced, are looked at, at the size of
+            evaluation.
+
+    Raises:
+        ValueError: the config's anchors are not Detectron2's.
+    """
+    setup = anchor_setup(cfg)
+    records = get_detection_dataset_dicts(
+        list(cfg.DATASETS.TRAIN), cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    )
+    images = usable_objects(records)
+    return foreground_ratio(images[:: max(1, -(-len(images) // COUNTED))], setup)
