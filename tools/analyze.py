@@ -69,7 +69,11 @@ def find_loss_cdf(args: argparse.Namespace) -> int:
     images = images[: args.images]
     for record in tqdm(images, unit="image", **bar_options()):
         cdf.add(*examples(model, mapper(record)))
-    made = cdf.curves()
+    try:
+        made = cdf.curves()
+    except ValueError as error:
+        print(f"{', '.join(cfg.DATASETS.TEST)}: {error}", file=sys.stderr)
+        return 1
     made["images"] = len(images)
     made["data"] = list(cfg.DATASETS.TEST)
     made["loss"] = cfg.MODEL.FOCAL_DET.LOSS.NAME
@@ -214,7 +218,8 @@ def load_trained(args: argparse.Namespace) -> CfgNode:
     Raises:
         AssertionError, KeyError: an override that is not a config key (Detectron2's messages).
         OSError: the file cannot be read.
-        ValueError: another meta-architecture, no weights, or no image to look at.
+        ValueError: another meta-architecture, no weights, no such data set, or no image to
+            look at.
     """
     if args.images is not None and args.images < 1:
         raise ValueError(f"--images must be 1 or more, got {args.images}")
@@ -228,6 +233,13 @@ def load_trained(args: argparse.Namespace) -> CfgNode:
         )
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("MODEL.WEIGHTS must name a trained checkpoint, got ''")
+    if "://" not in cfg.MODEL.WEIGHTS and not Path(cfg.MODEL.WEIGHTS).is_file():
+        raise ValueError(f"MODEL.WEIGHTS: there is no file {cfg.MODEL.WEIGHTS!r}")
+    missing = [name for name in cfg.DATASETS.TEST if name not in DatasetCatalog]
+    if missing or not cfg.DATASETS.TEST:
+        raise ValueError(
+            f"DATASETS.TEST must name registered data sets, got {tuple(cfg.DATASETS.TEST)}"
+        )
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()

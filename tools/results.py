@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on where this one stopped.")
         return 130
+    except (ImportError, OSError, ValueError) as error:  # Ray, and what it has
+        print(error, file=sys.stderr)
+        return 2
     finally:
         keep(args.output)
     for problem in problems:

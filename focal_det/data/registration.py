@@ -203,9 +203,21 @@ def dataset_classes(name: str) -> list[str] | None:
     if not json_file:
         return None
     try:
+        stat = os.stat(json_file)
+        key = (stat.st_mtime_ns, stat.st_size)
+    except OSError:  # not of this machine's disks, or missing
+        key = None
+    names = _read_classes(json_file, key)
+    return None if names is None else list(names)
+
+
+@functools.lru_cache(maxsize=64)
+def _read_classes(json_file: str, _version: tuple[int, int] | None) -> tuple[str, ...] | None:
+    """Names of the categories by rising id; a file is parsed once while it stays as it is."""
+    try:
         with PathManager.open(json_file, "r") as file:
             categories = json.load(file)["categories"]
-        return [category["name"] for category in sorted(categories, key=lambda c: c["id"])]
+        return tuple(category["name"] for category in sorted(categories, key=lambda c: c["id"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         # This is for early checks only. A file that cannot be read is reported, with its reason,
         # when the data set is loaded.

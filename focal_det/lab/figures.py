@@ -4,7 +4,7 @@ Every function takes plain data, so that what is drawn can be kept beside the pi
 again. Colours are Okabe and Ito's; dashes say the same a second time.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -28,7 +28,12 @@ FORMS: dict[str, ElementwiseLoss] = {  # Figures 5 and 6, without alpha
     "FL*, gamma 4, beta 0": FocalLossStar(alpha=None, gamma=4.0, beta=0.0),
 }
 SIZE = (5.6, 4.2)
-MARKERS = ("o", "s")  # of the two families of Figure 2
+# Of Figure 2; the same in each panel.
+FAMILIES = {
+    "FocalRetinaNet": (STYLES[3], "D"),
+    "RetinaNet": (STYLES[1], "o"),
+    "others": (STYLES[0], "s"),
+}
 
 
 def figure_1() -> Figure:
@@ -131,16 +136,19 @@ def figure_2(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
             _label(axes, title, "inference time of an image (ms)", "AP (percent)")
             hull = upper_hull([(point["time_ms"], point["AP"]) for point in points])
             axes.plot(*zip(*hull, strict=True), color="#999999", linestyle=(0, (4, 1.5)), zorder=1)
-            families = sorted({_family(point["method"]) for point in points})
-            for family, style, marker in zip(families, STYLES, MARKERS, strict=False):
+            for family, (style, marker) in FAMILIES.items():
                 members = [point for point in points if _family(point["method"]) == family]
+                if not members:
+                    continue
                 axes.plot(
                     [point["time_ms"] for point in members],
                     [point["AP"] for point in members],
                     marker,
                     color=style.color,
                     ms=7,
+                    label=family,
                 )
+            axes.legend(frameon=False, loc="lower right")
             for point in points:
                 # Above where another of the same AP stands to the left, whose name is there.
                 crowded = any(
@@ -177,7 +185,7 @@ def speed_picture(summary: Mapping[str, Any]) -> Figure | None:
 
 
 def _family(method: str) -> str:
-    return "RetinaNet" if "RetinaNet" in method else "others"
+    return next((family for family in FAMILIES if family in method), "others")
 
 
 def upper_hull(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -210,7 +218,11 @@ def figure_imbalance(traced: Mapping[str, Any]) -> Figure:
 
     Args:
         traced: of :func:`focal_det.lab.imbalance.trace`.
+
+    Raises:
+        ValueError: more rows than can be told apart.
     """
+    _check_number(traced["labels"])
     points = traced["points"]
     ratios = [point["background_per_foreground"] for point in points]
     with mpl.rc_context(SETTINGS):
@@ -276,7 +288,14 @@ def _label(axes: Any, title: str, x: str, y: str) -> None:
     axes.set_axisbelow(True)
 
 
+def _check_number(curves: Collection[str]) -> None:
+    """Raise before a curve would look like another, or be left out."""
+    if len(curves) > len(STYLES):
+        raise ValueError(f"{len(curves)} curves, but at most {len(STYLES)} can be told apart")
+
+
 def _draw_curves(axes: Any, x: Any, curves: Mapping[str, Any]) -> None:
+    _check_number(curves)
     for (name, y), style in zip(curves.items(), STYLES, strict=False):
         axes.plot(
             np.asarray(x), np.asarray(y), label=name, color=style.color, linestyle=style.dashes,

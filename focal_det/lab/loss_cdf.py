@@ -21,6 +21,7 @@ from focal_det.losses import FocalLoss
 GAMMAS = (0.0, 0.5, 1.0, 2.0)
 LIMIT, NUM_BINS = 40.0, 1 << 14  # of x_t; what is beyond falls into the outermost bins
 POINTS = 201
+ANCHORS = 1 << 14  # that are taken in at once
 
 
 class LossCDF:
@@ -46,12 +47,16 @@ class LossCDF:
             labels: (R,), ``0..K-1`` foreground, ``K`` background, ``-1`` ignored.
         """
         valid = labels >= 0
-        logits, labels = logits[valid].double().cpu(), labels[valid].cpu()
-        positive = torch.zeros_like(logits, dtype=torch.bool)
-        rows = (labels < logits.shape[1]).nonzero().squeeze(1)
-        positive[rows, labels[rows]] = True
-        self._add("foreground", logits[positive])
-        self._add("background", -logits[~positive])
+        # In parts, since each takes several times its size in float64.
+        for part, of_part in zip(
+            logits[valid].split(ANCHORS), labels[valid].split(ANCHORS), strict=True
+        ):
+            terms, classes = part.double().cpu(), of_part.cpu()
+            positive = torch.zeros_like(terms, dtype=torch.bool)
+            rows = (classes < terms.shape[1]).nonzero().squeeze(1)
+            positive[rows, classes[rows]] = True
+            self._add("foreground", terms[positive])
+            self._add("background", -terms[~positive])
 
     def _add(self, side: str, x_t: Tensor) -> None:
         # By falling x_t, that is by rising loss.

@@ -35,6 +35,7 @@ SCHEMA = 1
 STEPS_WARM_UP = 3
 CHECKPOINTS = 5  # at least, of a training, so that one that is cut short has little to do again
 LOCK, STAMP = ".lock", "annotations.json"
+LOCK_SECONDS = 30.0
 REPORT_SECONDS = 2.0
 MEASURED = "measured.json"
 FACTS = (
@@ -83,14 +84,23 @@ def run_trial(
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system frees when the process ends, however it ends."""
+    """Hold the folder's lock, which the system frees when the process ends, however it ends.
+
+    A sweep that was killed takes a moment to end, and may be started again at once.
+    """
     import fcntl  # absent on Windows, where the rest of the package works
 
+    deadline = time.monotonic() + LOCK_SECONDS
     with (folder / LOCK).open("w", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"another sweep is running this trial, in {folder}") from None
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    message = f"another sweep is running this trial, in {folder}"
+                    raise RuntimeError(message) from None
+                time.sleep(0.2)
         yield
 
 

@@ -1,5 +1,6 @@
 """tools/ablate.py as a user types it, with Ray."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def test_a_sweep_runs_goes_on_and_makes_its_table(ablate, few, tmp_path):
     assert (tmp_path / "out" / "rates.md").read_text() in text
     made = json.loads((tmp_path / "out" / "rates.json").read_text())
     assert [row["seeds"] for row in made["rows"]] == [[1], [1]]
-    assert made["data"] == ["[['few_train'], ['few_val']]"]
+    assert made["data"] == ["few_train / few_val"]
     for kind in ("svg", "png"):
         assert (tmp_path / "out" / f"rates.{kind}").is_file()
     # As after a kill: what has a record is not run again.
@@ -56,6 +57,46 @@ def test_a_sweep_runs_goes_on_and_makes_its_table(ablate, few, tmp_path):
     (row,) = json.loads((tmp_path / "out" / "other.json").read_text())["rows"]
     assert row["label"] == "slow"
     assert row["metrics"] == made["rows"][0]["metrics"]
+
+
+@pytest.fixture
+def tool(root, monkeypatch):
+    """The script as a module."""
+    monkeypatch.syspath_prepend(str(root / "tools"))
+    return importlib.import_module("ablate")
+
+
+def test_what_is_timed_shares_no_core(tool, few, monkeypatch):
+    monkeypatch.setattr(tool.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    asked = {}
+    for words in (["--table", "1e"], ["--table", "1a"], ["--table", "1e", "--cpus", "2"]):
+        args = tool.parse([*words, "--data", few, "--gpus", "0"])
+        trials = [trial for each in args.trials.values() for trial in each]
+        asked[" ".join(words)] = [
+            (cpus, len(group)) for cpus, group in tool.by_cpus(args, trials) if group
+        ]
+    assert asked == {
+        "--table 1e": [(6, 10)],
+        "--table 1a": [(1, 7)],
+        "--table 1e --cpus 2": [(2, 10)],
+    }
+    args = tool.parse(["--table", "1e", "--data", few, "--gpus", "1"])
+    assert tool.by_cpus(args, []) == [(1, [])]  # a GPU is shared with nobody
+    assert args.output == f"output/ablate/{few}"
+
+
+def test_a_script_for_one_table_has_help_of_its_own(root):
+    command = [sys.executable, str(root / "tools" / "benchmark_detectors.py")]
+    said = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    assert said.startswith("usage: benchmark_detectors.py")
+    assert "--table" not in said
+    assert "against Detectron2's and torchvision's detectors" in said
+    said = subprocess.run(
+        [*command, "--data", "digits_clutter", "--dry-run"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert "11 trials: 0 are done, 11 are to be run" in said
+    assert "table detectors, seed 1: torchvision FCOS" in said
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,8 @@ def test_a_record_says_what_was_run_and_what_came(trials, tmp_path):
     assert again["metrics"] == record["metrics"]
 
 
-def test_a_trial_that_is_run_elsewhere_is_left_alone(trials, tmp_path):
+def test_a_trial_that_is_run_elsewhere_is_left_alone(trials, tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "LOCK_SECONDS", 0.5)
     (trial,) = trials()
     tmp_path.joinpath("a").mkdir()
     with (tmp_path / "a" / ".lock").open("w") as file:

@@ -1,0 +1,79 @@
+"""Trials on Ray: what workers are told, and what becomes of one that fails or is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from focal_det.lab.sweep import run_sweep, worker_environment
+from focal_det.lab.tables import Row, Table
+from focal_det.lab.trials import make_trials
+
+DEMO = "configs/demo/focal_retinanet_digits.yaml"
+
+
+def test_workers_get_paths_that_hold_anywhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FOCAL_DET_DATASETS", " a:x/a.json:x/images , b:/y/b.json:~/images,")
+    monkeypatch.setenv("FOCAL_DET_PLUGINS", "mine.py, package.module")
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    monkeypatch.delenv("FOCAL_DET_ALLOW_OUTSIDE_IMAGES", raising=False)
+    home = os.path.expanduser("~")
+    assert worker_environment(3) == {
+        "OMP_NUM_THREADS": "3",
+        "DETECTRON2_DATASETS": f"{tmp_path}/datasets",
+        "FOCAL_DET_DATASETS": (
+            f"a:{tmp_path}/x/a.json:{tmp_path}/x/images,b:/y/b.json:{home}/images"
+        ),
+        "FOCAL_DET_PLUGINS": f"{tmp_path}/mine.py,package.module",
+    }
+    monkeypatch.setenv("FOCAL_DET_ALLOW_OUTSIDE_IMAGES", "1")
+    assert worker_environment(1)["FOCAL_DET_ALLOW_OUTSIDE_IMAGES"] == "1"
+
+
+def test_a_trial_that_fails_is_named_and_the_others_have_records(root, few, tmp_path):
+    rows = (Row("good", {}), Row("bad", {"DATASETS.TEST": ()}))
+    trials = make_trials(
+        Table("t", "", "", rows),
+        config_file=str(root / DEMO),
+        data=few,
+        seeds=1,
+        budget=2,
+        options=("SOLVER.IMS_PER_BATCH", 2),
+    )
+    (problem,) = run_sweep(trials, tmp_path)
+    assert problem.startswith(f"bad, seed 1 ({trials[1].key}): ValueError: the evaluation on ")
+    assert "gave no bbox/AP" in problem
+    (record,) = (tmp_path / "records").iterdir()
+    assert record.stem == trials[0].key
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+def test_a_sweep_that_is_killed_goes_on_where_it_was(root, few, tmp_path):
+    (tmp_path / "t.yaml").write_text("rows: [{label: one}]")
+    words = ["--table", "t.yaml", "--data", few, "--budget", "60", "--output", "out"]
+    command = [sys.executable, str(root / "tools" / "ablate.py"), *words]
+    command += ["SOLVER.IMS_PER_BATCH", "2"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not list((tmp_path / "out").glob("trials/*/last_checkpoint")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "out" / "records").exists()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = (tmp_path / "out" / "records").iterdir()
+    record = json.loads(path.read_text())
+    assert record["resumed_from"] >= 12  # a fifth of the training
+    assert record["curves"]["iteration"][-1] == 60
