@@ -1,8 +1,18 @@
 """The cumulative loss against a plain sort of all terms, with scalar losses that share no code."""
 
+import importlib.util
+import json
+import re
+
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.modeling import build_model
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 
+import focal_det
 from focal_det.lab.loss_cdf import GAMMAS, LossCDF
 from focal_det.losses import reference
 
@@ -76,3 +86,68 @@ def test_images_without_objects_alone_have_no_foreground_curve():
     cdf.add(torch.zeros(4, 2), torch.full((4,), 2))
     with pytest.raises(ValueError, match="no foreground example"):
         cdf.curves()
+
+
+@pytest.fixture
+def analyze(root):
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("analyze_tool", root / "tools" / "analyze.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def words(root, few, tmp_path):
+    """A command line for an untrained detector that is saved in a file."""
+    config = str(root / "configs" / "demo" / "focal_retinanet_digits.yaml")
+    cfg = get_cfg()
+    focal_det.add_config(cfg)
+    cfg.merge_from_file(config)
+    torch.manual_seed(0)
+    DetectionCheckpointer(build_model(cfg), str(tmp_path)).save("model")
+    return [
+        *("loss-cdf", "--config-file", config, "--output", str(tmp_path / "cdf.json")),
+        *("MODEL.WEIGHTS", str(tmp_path / "model.pth"), "DATASETS.TEST", f"('{few}_val',)"),
+    ]
+
+
+def test_examples_are_in_the_order_of_the_anchors(analyze, words, few):
+    model = build_model(analyze.parse(words).cfg).eval()
+    mapper = DatasetMapper(is_train=True, augmentations=[], image_format="RGB")
+    sample = mapper(DatasetCatalog.get(f"{few}_val")[0])
+    logits, labels = analyze.examples(model, sample)
+    features = model.backbone(model.preprocess_image([sample]).tensor)
+    features = [features[name] for name in model.head_in_features]
+    expected = [permute_to_N_HWA_K(x, 10)[0] for x in model.head(features)[0]]
+    torch.testing.assert_close(logits, torch.cat(expected))
+    anchors = model.anchor_generator(features)
+    assert labels.shape == (sum(map(len, anchors)),)
+    torch.testing.assert_close(labels, model.label_anchors(anchors, [sample["instances"]])[0][0])
+
+
+def test_the_command_counts_all_terms_of_all_images(analyze, words, few, tmp_path, capsys):
+    assert analyze.main(words) == 0
+    made = json.loads((tmp_path / "cdf.json").read_text())
+    # 336 locations, 12 anchors, 10 classes, 4 images; what is ignored is missing.
+    assert 0.95 * 161_280 < sum(made["counts"].values()) <= 161_280
+    assert (made["images"], made["data"], made["loss"]) == (4, [f"{few}_val"], "FocalLoss")
+    assert f"{made['counts']['foreground']:,} foreground" in capsys.readouterr().out
+    for images, status in ((3, 0), (1, 1)):  # the first one holds no digit
+        assert analyze.main([*words[:1], "--images", str(images), *words[1:]]) == status
+        assert json.loads((tmp_path / "cdf.json").read_text())["images"] == 3
+    assert "few_val: the images hold no foreground example" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("few_val", "no_val", r"DATASETS.TEST must name registered data sets, got \('no_val',\)"),
+        ("model.pth", "none.pth", "MODEL.WEIGHTS: there is no file"),
+    ],
+)
+def test_what_cannot_be_looked_at_ends_with_2(analyze, words, old, new, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        analyze.main([word.replace(old, new) for word in words])
+    assert stop.value.code == 2
+    assert re.search(says, capsys.readouterr().err)
