@@ -141,6 +141,21 @@ def test_a_table_whose_trials_another_one_ran_is_shown(output):
     assert page.count('alt="Loss of foreground anchors over the iterations.') == 2
 
 
+def test_a_row_that_another_table_ran_is_not_missing(output):
+    """As after table 1d, and a sweep of table 3 that was killed before it wrote its summary."""
+    focal = next(row for row in load_table("3").rows if row.label == "focal loss")
+    star = next(row for row in load_table("3").rows if row.label == "FL* gamma 4, beta 0")
+    trials = [
+        make_trial("any name", ap=23.4, table="1d", overrides=focal.overrides),
+        make_trial(star.label, ap=21.5, table="3", overrides=star.overrides),
+        make_trial("any name", 2, ap=66.6, table="1d", overrides=focal.overrides, iterations=41),
+    ]
+    page, _, _ = draw(write_sweep(output, trials))
+    of_three = page[page.index("FL*, another form of the same idea") :]
+    assert cells(of_three, "focal loss")[0] == "23.4"
+    assert cells(of_three, star.label)[0] == "21.5"
+
+
 def test_one_row_run_in_two_settings_gives_two_tables(output):
     fast = {"SOLVER": {"BASE_LR": 0.02, "MAX_ITER": 40}}
     trials = [
