@@ -81,7 +81,7 @@ def test_a_sweep_is_understood_up_to_its_last_trial(command, tmp_path, monkeypat
 def test_a_page_is_made_of_what_the_sweeps_write(command, tmp_path):
     words = shlex.split(command)
     assert words == ["python", "tools/report.py", "output/ablate"]  # where tools/ablate.py writes
-    assert 'default="output/ablate"' in (ROOT / "tools" / "ablate.py").read_text()
+    assert 'else "output/ablate"' in (ROOT / "tools" / "ablate.py").read_text()
     write_sweep(tmp_path / words[2], [make_trial()])
     done = subprocess.run(
         [sys.executable, ROOT / words[1], words[2]], cwd=tmp_path, capture_output=True, text=True

@@ -138,9 +138,11 @@ def figure_data() -> dict[str, Any]:
     """What figures are drawn from, by the name of the figure."""
     made = [(name, table) for tables in sweeps().values() for name, table in tables.items()]
     traced = imbalance.trace(table for name, table in made if name == "imbalance")
-    data = {"imbalance": traced} if traced["points"] else {}
-    grids = [table for name, table in made if name == "7" and table["iterations"]]
-    return {**data, **({"7": grids[0]} if grids else {})}
+    data = {"imbalance": traced} if len(traced["points"]) > 1 else {}
+    for name, table in made:
+        if name == "7" and all(row["seeds"] for row in table["rows"]):
+            data["7"] = table
+    return data
 
 
 def escape(cell: str) -> str:
