@@ -406,6 +406,8 @@ def test_the_second_stage_has_the_norm_of_the_dense_heads(build, config, norm, k
     assert layers["Conv2d"] == (3 if kind else 0)
     assert sum(count for name, count in layers.items() if "Norm" in name) == (3 if kind else 0)
     assert kind is None or layers[kind] == 3
+    widths = {x.out_channels for x in box_head.modules() if isinstance(x, torch.nn.Conv2d)}
+    assert widths == ({64} if kind else set())  # the pyramid's
     text = differences(config("faster_rcnn", *options), "faster_rcnn")
     assert ("none in the RPN" in text) == bool(norm)
     assert ("all levels share" in text) == (norm == "BN")
