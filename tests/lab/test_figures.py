@@ -105,6 +105,13 @@ def test_the_committed_figures_are_made_from_the_committed_data(plot, root, tmp_
             assert numbers[0] == pytest.approx(numbers[1], abs=1e-4), name
 
 
+def test_figure_2_has_the_papers_points(root):
+    drawn = json.loads((root / "docs" / "figures" / "figure_2.json").read_text())
+    paper = json.loads((root / "tests" / "lab" / "paper_tables.json").read_text())
+    (points,) = (group for title, group in drawn.items() if title.startswith("The paper"))
+    assert sorted(points, key=str) == sorted(paper["figure_2_points"], key=str)
+
+
 def test_the_same_data_give_the_same_bytes(plot, tmp_path):
     for name in ("one", "two"):
         plot("figure", "5", "--output", tmp_path / name)

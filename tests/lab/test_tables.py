@@ -8,6 +8,7 @@ import pytest
 from detectron2.config import get_cfg
 
 import focal_det
+from focal_det.analysis.records import METRICS
 from focal_det.lab.tables import Row, built_in, load_table
 from focal_det.losses import build_loss
 
@@ -25,16 +26,56 @@ def write(folder: Path, text: str) -> str:
     return str(path)
 
 
-def test_the_papers_tables_are_there_with_its_numbers():
-    assert {"1a", "1b", "1c", "1d", "1e", "3"} <= set(built_in())
-    rows = {name: {row.label: row for row in load_table(name).rows} for name in built_in()}
-    assert [len(rows[name]) for name in ("1a", "1b", "1c", "1d", "1e", "3")] == [7, 7, 7, 10, 10, 4]
-    assert rows["1a"]["alpha 0.75"].paper == {"AP": 31.1, "AP50": 49.4, "AP75": 33.0}
-    assert rows["1b"]["gamma 2, alpha 0.25"].paper["AP"] == 34.0
-    assert rows["1c"]["2 scales, 3 ratios"].paper["AP"] == 34.2
-    assert rows["1d"]["OHEM 1:3, batch 512, NMS 0.5"].paper["AP75"] == 25.8
-    assert rows["1e"]["deeper, 800/600 of the size"].paper["milliseconds"] == 198
-    assert rows["3"]["FL* gamma 4, beta 0"].paper["AP50"] == 51.8
+TABLES = {
+    "1a": "table_1a_balanced_ce",
+    "1b": "table_1b_focal",
+    "1c": "table_1c_anchors",
+    "1d": "table_1d_ohem_R101",
+    "1e": "table_1e_speed_accuracy_testdev",
+    "3": "table_3_focal_star",
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_number_of_the_paper_stands_in_the_row_of_its_setting(cfg, name):
+    """Against the numbers as they were copied from the paper, with the settings they stand by."""
+    paper = json.loads((Path(__file__).parent / "paper_tables.json").read_text())[TABLES[name]]
+    rows = load_table(name).rows
+    assert len(rows) == len(paper)
+    for row, expected in zip(rows, paper, strict=True):
+        numbers = {key: expected[key] for key in METRICS if key in expected}
+        if "time_ms" in expected:
+            numbers["milliseconds"] = expected["time_ms"]
+        assert row.paper == numbers, row.label
+        changed = cfg.clone()
+        row.apply(changed)
+        _assert_is_setting(changed, expected, row)
+
+
+def _assert_is_setting(cfg, expected, row):
+    """That a row's config has the paper's setting."""
+    dense, own = cfg.MODEL.RETINANET, cfg.MODEL.FOCAL_DET
+    name, star, ohem = own.LOSS.NAME, own.FL_STAR, own.OHEM
+    losses = {"CE": "BalancedCrossEntropyLoss", "FL": "FocalLoss", "FL*": "FocalLossStar"}
+    if "loss" in expected:
+        assert name == losses[expected["loss"]]
+    if "method" in expected:
+        assert name == ("FocalLoss" if expected["method"] == "FL" else "OHEMLoss")
+        assert (3.0 if expected["method"] == "OHEM 1:3" else 0.0) == ohem.NEG_POS_RATIO
+    found = {
+        "alpha": dense.FOCAL_LOSS_ALPHA if name == "FocalLoss" else own.BALANCED_CE.ALPHA,
+        "gamma": star.GAMMA if name == "FocalLossStar" else dense.FOCAL_LOSS_GAMMA,
+        "beta": star.BETA,
+        "batch_size": ohem.BATCH_SIZE,
+        "nms_thresh": ohem.NMS_THRESH,
+        "scales": len(cfg.MODEL.ANCHOR_GENERATOR.SIZES[0]),
+        "aspect_ratios": len(cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS[0]),
+        "depth": cfg.MODEL.RESNETS.DEPTH,
+        "scale": row.image_scale * 600,
+    }
+    for key, value in expected.items():
+        if key in found and value is not None:
+            assert found[key] == value, (row.label, key)
 
 
 def test_each_row_changes_what_its_label_says(cfg):
