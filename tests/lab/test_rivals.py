@@ -482,6 +482,7 @@ def test_what_differs_is_told(config, name, options, told):
         ("torchvision_retinanet", ("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "giou"), "box loss"),
         ("torchvision_retinanet", ("MODEL.FOCAL_DET.NORMALIZER.NAME", "image"), "divisor"),
         ("torchvision_fcos", ("MODEL.FOCAL_DET.NORMALIZER.NAME", "batch"), "divisor"),
+        ("torchvision_retinanet", ("MODEL.DEVICE", "cuda"), "GPUs"),
         *itertools.product(TORCHVISION, [SAME], ["focal loss", "MODEL.WEIGHTS", "GPUs", "None"]),
         *itertools.product(["fcos", "faster_rcnn"], [SAME], ["MODEL.WEIGHTS", "GPUs", "None"]),
     ],
