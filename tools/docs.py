@@ -136,12 +136,12 @@ def lab_tables() -> dict[str, Callable[[], str]]:
 
 def figure_data() -> dict[str, Any]:
     """What figures are drawn from, by the name of the figure."""
-    made = [(name, table) for tables in sweeps().values() for name, table in tables.items()]
-    traced = imbalance.trace(table for name, table in made if name == "imbalance")
+    pairs = [pair for tables in sweeps().values() for pair in tables.items()]
+    traced = imbalance.trace(made for name, made in pairs if name == "imbalance")
     data = {"imbalance": traced} if len(traced["points"]) > 1 else {}
-    for name, table in made:
-        if name == "7" and all(row["seeds"] for row in table["rows"]):
-            data["7"] = table
+    for name, made in pairs:
+        if name == "7" and all(row["seeds"] for row in made["rows"]):
+            data["7"] = made
     return data
 
 

@@ -14,7 +14,7 @@ from scipy.stats import kendalltau
 from focal_det.analysis.records import METRICS
 from focal_det.losses.registry import get_key
 
-from .rivals import DIFFERENCES
+from .rivals import DIFFERENCES, differences
 from .tables import Table
 
 RANKED = "AP"
@@ -41,6 +41,7 @@ SHARED = (
     "MODEL.RETINANET.NMS_THRESH_TEST", "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA",
     "TEST.DETECTIONS_PER_IMAGE",
 )  # fmt: skip
+OURS = "focal_det"
 ENVIRONMENT = ("commit", "device", "torch", "torchvision", "detectron2")
 
 
@@ -76,7 +77,7 @@ def summarise(table: Table, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
                 "paper": row.paper,
                 "metrics": {name: _spread(of_row, name) for name in METRICS},
                 **{name: _median(find(of_row)) for name, find in MEASURES.items()},
-                "differs": DIFFERENCES[row.detector],
+                "differs": _differs(of_row, row.detector),
             }
         )
     _rank(rows)
@@ -100,6 +101,12 @@ def summarise(table: Table, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
             record["background_per_foreground"] for record in every
         ),
     }
+
+
+def _differs(of_row: Sequence[dict[str, Any]], detector: str) -> str:
+    if detector == OURS or not of_row:
+        return DIFFERENCES[detector]
+    return differences(CfgNode.load_cfg(of_row[0]["config"]), detector)
 
 
 def name_data(record: Mapping[str, Any]) -> str:

@@ -7,7 +7,11 @@ import pytest
 
 from focal_det.analysis.records import METRICS
 from focal_det.lab import charts, markdown, summary
+from focal_det.lab.rivals import DIFFERENCES, differences
 from focal_det.lab.tables import Row, Table
+from focal_det.lab.trials import base_config
+
+DEMO = "configs/demo/focal_retinanet_digits.yaml"
 
 TABLE = Table(
     "t",
@@ -155,11 +159,13 @@ def test_markdown_has_the_papers_column_and_marks_the_winner():
     json.dumps(made(a=[1.0]), allow_nan=False)
 
 
-def test_a_table_of_speed_shows_it_and_what_differs():
+def test_a_table_of_speed_shows_it_and_what_differs(root):
     rows = (Row("ours", {}), Row("other", {}, detector="faster_rcnn"))
     table = Table("t", "A fight", "", rows, speed=True)
+    cfg = base_config(str(root / DEMO), data="x", num_classes=10)
     found = [record("ours", 1, 10.0), record("ours", 3, 12.0)]
     found += [record("other", 1, 5.0), record("other", 3, 6.0)]
+    found = [{**each, "config": cfg.dump()} for each in found]
     text = markdown.render(summary.summarise(table, found))
     cells = {
         x.split("|")[1].strip(" *"): [y.strip() for y in x.split("|")]
@@ -168,14 +174,16 @@ def test_a_table_of_speed_shows_it_and_what_differs():
     }
     assert "paper's AP" not in text
     assert cells["ours"][7:13] == ["8.0", "20.0", "99.0", "800", "1.23", ""]
-    assert cells["other"][13].startswith("two stages")
+    assert cells["other"][13] == " ".join(differences(cfg, "faster_rcnn").split())
+    assert len(cells["other"][13]) > len(DIFFERENCES["faster_rcnn"])  # what the config adds
     assert "All rows agree in data" in text
-    other = {**record("other", 1, 5.0), "config": "SOLVER: {BASE_LR: 0.2}\n"}
+    cfg.SOLVER.BASE_LR = 0.3
+    other = {**record("other", 1, 5.0), "config": cfg.dump()}
     other["environment"] = {"commit": "abc", "device": "a GPU"}
     text = markdown.render(summary.summarise(table, [*found[:2], other]))
     assert (
         "**The rows do not agree in all settings.** device: CPU or a GPU; "
-        "SOLVER.BASE_LR: 0.1 or 0.2; seeds: 1 or 1, 3."
+        "SOLVER.BASE_LR: 0.2 or 0.3; seeds: 1 or 1, 3."
     ) in text
 
 
