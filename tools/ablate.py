@@ -14,7 +14,6 @@ that show times run one trial at a time, on all cores, unless --cpus says otherw
 """
 
 import argparse
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -34,7 +33,7 @@ from focal_det.analysis import records
 from focal_det.lab import charts, figures, markdown, summary
 from focal_det.lab.measuring import fingerprints
 from focal_det.lab.running import differ
-from focal_det.lab.sweep import load_records, run_sweep
+from focal_det.lab.sweep import in_turns, load_records, run_sweep
 from focal_det.lab.tables import Table, built_in, load_table
 from focal_det.lab.trials import Trial, make_trials
 
@@ -101,7 +100,8 @@ def run(args: argparse.Namespace, output: Path) -> int:
         return 0
     problems = []
     if not args.report_only:
-        for cpus, trials in by_cpus(args, left):
+        timed = {x.key for table in args.tables if table.timed for x in by_table[table.name]}
+        for cpus, trials in in_turns(left, timed, args.cpus, args.gpus):
             problems += run_sweep(trials, output, address=args.address, cpus=cpus, gpus=args.gpus)
     for table in args.tables:
         trials = by_table[table.name]
@@ -128,21 +128,6 @@ def load_done(output: Path, trials: dict[str, Trial]) -> dict[str, dict[str, Any
     if stale:
         print(f"{len(stale)} records are of other annotations under the same names: run again")
     return {key: record for key, record in done.items() if key not in stale}
-
-
-def by_cpus(args: argparse.Namespace, trials: Sequence[Trial]) -> list[tuple[int, list[Trial]]]:
-    """Trials by the cores that each gets; first those that are timed, which share none.
-
-    Args:
-        args: of :func:`parse`.
-        trials: what is left to run.
-    """
-    if args.cpus is not None or args.gpus:
-        return [(args.cpus or 1, list(trials))]
-    timed = {trial.key for table in args.tables if table.timed for trial in args.trials[table.name]}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    alone = [trial for trial in trials if trial.key in timed]
-    return [(cores or 1, alone), (1, [trial for trial in trials if trial.key not in timed])]
 
 
 def report(table: Table, found: list[dict[str, object]], output: Path) -> None:

@@ -24,7 +24,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
 from focal_det.lab import results
-from focal_det.lab.sweep import run_sweep
+from focal_det.lab.sweep import in_turns, run_sweep
 from focal_det.lab.trials import Trial, dataset_names, make_trials
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{trial.key}  table {trial.table}, seed {trial.seed}: {trial.label}")
         return 0
     try:
-        problems = run_sweep(left, args.output, cpus=args.cpus)
+        problems = []
+        for cpus, trials in in_turns(left, args.timed, args.cpus):
+            problems += run_sweep(trials, args.output, cpus=cpus)
+            keep(args.output)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on where this one stopped.")
         return 130
@@ -77,7 +80,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sweeps", nargs="*", help="names in docs/results/sweeps.yaml; default: all")
-    parser.add_argument("--cpus", type=int, default=1, help="CPU cores for each trial")
+    parser.add_argument(
+        "--cpus", type=int, help="CPU cores for each trial; default: 1, all where times are shown"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "results")
     parser.add_argument("--dry-run", action="store_true", help="say what would be run")
     args = parser.parse_args(argv)
@@ -86,15 +91,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         for name in args.sweeps:
             if name not in sweeps:
                 raise ValueError(f"sweep must be one of {'; '.join(sweeps)}, got {name!r}")
-        args.trials = list_trials([sweeps[name] for name in args.sweeps or sweeps], args.sweeps)
+        chosen = [sweeps[name] for name in args.sweeps or sweeps]
+        args.trials, args.timed = list_trials(chosen, args.sweeps)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     args.output = args.output.resolve()
     return args
 
 
-def list_trials(sweeps: Sequence[results.Sweep], asked_for: Sequence[str]) -> list[Trial]:
-    """The trials of sweeps, each once, first seeds first.
+def list_trials(
+    sweeps: Sequence[results.Sweep], asked_for: Sequence[str]
+) -> tuple[list[Trial], set[str]]:
+    """The trials of sweeps, each once, first seeds first; and keys of those that are timed.
 
     Args:
         sweeps: which ones.
@@ -104,14 +112,16 @@ def list_trials(sweeps: Sequence[results.Sweep], asked_for: Sequence[str]) -> li
         ValueError: see :func:`focal_det.lab.trials.make_trials`.
     """
     trials: dict[str, Trial] = {}
+    timed: set[str] = set()
     for sweep in sweeps:
         there = all(name in DatasetCatalog for name in dataset_names(sweep.data))
         if not there and sweep.name not in asked_for:
             print(f"{sweep.name}: left out, {sweep.data} is not in FOCAL_DET_DATASETS")
             continue
         for name, seeds in sweep.tables.items():
+            table = sweep.table(name)
             for trial in make_trials(
-                sweep.table(name),
+                table,
                 config_file=str(ROOT / sweep.config),
                 data=sweep.data,
                 seeds=seeds,
@@ -119,7 +129,8 @@ def list_trials(sweeps: Sequence[results.Sweep], asked_for: Sequence[str]) -> li
                 options=sweep.options,
             ):
                 trials.setdefault(trial.key, trial)
-    return sorted(trials.values(), key=lambda trial: trial.seed)
+                timed |= {trial.key} if table.timed else set()
+    return sorted(trials.values(), key=lambda trial: trial.seed), timed
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Many trials on Ray: on this machine, or on a cluster by its address, unchanged."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,25 @@ def run_sweep(
         return _run(ray, trials, output, cpus, gpus)
     finally:
         ray.shutdown()
+
+
+def in_turns(
+    trials: Sequence[Trial], timed: Collection[str], cpus: int | None, gpus: int = 0
+) -> list[tuple[int, list[Trial]]]:
+    """Trials by the cores that each gets; first those that are timed, which share none.
+
+    Args:
+        trials: what is to be run.
+        timed: keys of those whose times are shown beside each other's.
+        cpus: for each trial, whatever it is; None for all cores of this machine for each that is
+            timed, and one for the others.
+        gpus: for each trial; a GPU is shared with nobody.
+    """
+    if cpus is not None or gpus:
+        return [(cpus or 1, list(trials))]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    alone = [trial for trial in trials if trial.key in timed]
+    return [(cores or 1, alone), (1, [trial for trial in trials if trial.key not in timed])]
 
 
 def worker_environment(cpus: int) -> dict[str, str]:

@@ -66,23 +66,9 @@ def tool(root, monkeypatch):
     return importlib.import_module("ablate")
 
 
-def test_what_is_timed_shares_no_core(tool, few, monkeypatch):
-    monkeypatch.setattr(tool.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    asked = {}
-    for words in (["--table", "1e"], ["--table", "1a"], ["--table", "1e", "--cpus", "2"]):
-        args = tool.parse([*words, "--data", few, "--gpus", "0"])
-        trials = [trial for each in args.trials.values() for trial in each]
-        asked[" ".join(words)] = [
-            (cpus, len(group)) for cpus, group in tool.by_cpus(args, trials) if group
-        ]
-    assert asked == {
-        "--table 1e": [(6, 10)],
-        "--table 1a": [(1, 7)],
-        "--table 1e --cpus 2": [(2, 10)],
-    }
-    args = tool.parse(["--table", "1e", "--data", few, "--gpus", "1"])
-    assert tool.by_cpus(args, []) == [(1, [])]  # a GPU is shared with nobody
-    assert args.output == f"output/ablate/{few}"
+def test_each_data_set_has_a_folder_of_its_own(tool, few):
+    assert tool.parse(["--table", "1a", "--data", few]).output == f"output/ablate/{few}"
+    assert tool.parse(["--table", "1a", "--data", few, "--output", "x"]).output == "x"
 
 
 def test_a_script_for_one_table_has_help_of_its_own(root):

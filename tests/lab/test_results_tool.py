@@ -48,6 +48,12 @@ def ran(tool, monkeypatch):
             (output / "records" / f"{trial.key}.json").write_text(json.dumps(record))
         return ["the second one: no memory"] if len(trials) > 1 else []
 
+    def in_turns(trials, timed, cpus):
+        assert timed == set()
+        return [(1, trials)]
+
+    monkeypatch.setattr(tool, "in_turns", in_turns)
+
     monkeypatch.setattr(tool, "run_sweep", run_sweep)
     return seen
 

@@ -9,9 +9,10 @@ import time
 
 import pytest
 
-from focal_det.lab.sweep import run_sweep, worker_environment
+from focal_det.lab import sweep
+from focal_det.lab.sweep import in_turns, run_sweep, worker_environment
 from focal_det.lab.tables import Row, Table
-from focal_det.lab.trials import make_trials
+from focal_det.lab.trials import Trial, make_trials
 
 DEMO = "configs/demo/focal_retinanet_digits.yaml"
 
@@ -33,6 +34,14 @@ def test_workers_get_paths_that_hold_anywhere(monkeypatch, tmp_path):
     }
     monkeypatch.setenv("FOCAL_DET_ALLOW_OUTSIDE_IMAGES", "1")
     assert worker_environment(1)["FOCAL_DET_ALLOW_OUTSIDE_IMAGES"] == "1"
+
+
+def test_what_is_timed_comes_first_and_shares_no_core(monkeypatch):
+    monkeypatch.setattr(sweep.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    one, two = (Trial("t", x, {}, 1, 9, x) for x in ("one", "two"))
+    assert in_turns([one, two], {two.key}, None) == [(6, [two]), (1, [one])]
+    assert in_turns([one, two], {two.key}, 3) == [(3, [one, two])]
+    assert in_turns([one, two], {two.key}, None, gpus=1) == [(1, [one, two])]
 
 
 def test_a_trial_that_fails_is_named_and_the_others_have_records(root, few, tmp_path):
