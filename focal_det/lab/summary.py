@@ -106,7 +106,10 @@ def summarise(table: Table, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
 def _differs(of_row: Sequence[dict[str, Any]], detector: str) -> str:
     if detector == OURS or not of_row:
         return DIFFERENCES[detector]
-    return differences(CfgNode.load_cfg(of_row[0]["config"]), detector)
+    try:
+        return differences(CfgNode.load_cfg(of_row[0]["config"]), detector)
+    except (AttributeError, KeyError):  # the config of an earlier version, without some key
+        return DIFFERENCES[detector]
 
 
 def name_data(record: Mapping[str, Any]) -> str:

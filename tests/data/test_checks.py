@@ -1159,7 +1159,7 @@ def test_options_change_the_anchors(run):
     ("options", "message"),
     [
         (["digits_cluter_val"], "NAME must be a registered data set, got 'digits_cluter_val'"),
-        (["digits_cluter_val"], "near it are digits_clutter_val, digits_clutter_train. Sets of"),
+        (["digits_cluter_val"], "near it are digits_clutter_val, digits_clutter_train"),
         (["qqqq"], "there are "),
         (["shapes", "--config-file", "no.yaml"], "must name a YAML file, got 'no.yaml'"),
         (["shapes", "--config-file", __file__], "must name a YAML file, not a LazyConfig, got"),
@@ -1220,7 +1220,7 @@ def test_the_embedded_set_is_clean_but_for_images_without_objects(tool, root, tm
     from focal_det.data import DigitsClutterSpec, register_digits_clutter, registration
 
     spec = DigitsClutterSpec(train_images=6, val_images=40)
-    monkeypatch.setattr(registration, "DigitsClutterSpec", lambda: spec)
+    monkeypatch.setitem(registration.EMBEDDED, "digits_clutter", spec)
     for split in ("train", "val"):
         DatasetCatalog.data.pop(f"digits_clutter_{split}", None)
         MetadataCatalog.data.pop(f"digits_clutter_{split}", None)
