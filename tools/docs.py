@@ -102,7 +102,7 @@ def bad_inputs() -> str:
     rows = ["| area | input | what comes |", "|---|---|---|"]
     for case in read(BAD_INPUTS):
         cells = (case["area"], case["input"], case["outcome"])
-        rows.append("| " + " | ".join(escape(cell) for cell in cells) + " |")
+        rows.append("| " + " | ".join(lab_markdown.escape(cell) for cell in cells) + " |")
     return "\n".join(rows) + "\n"
 
 
@@ -143,11 +143,6 @@ def figure_data() -> dict[str, Any]:
         if name == "7" and all(row["seeds"] for row in made["rows"]):
             data["7"] = made
     return data
-
-
-def escape(cell: str) -> str:
-    """Text for a cell of a Markdown table."""
-    return " ".join(cell.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def read(path: Path) -> Any:

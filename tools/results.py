@@ -50,7 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         problems = []
         for cpus, trials in in_turns(left, args.timed, args.cpus):
             problems += run_sweep(trials, args.output, cpus=cpus)
-            keep(args.output)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on where this one stopped.")
         return 130

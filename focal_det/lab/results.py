@@ -10,7 +10,7 @@ differ from today's defaults: a record that is older than some key had what is t
 """
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from focal_det.config import add_config
 from focal_det.safe_loading import load_yaml
 
 from .running import SCHEMA
-from .summary import summarise
+from .summary import leaves, summarise
 from .tables import Table, load_table
 from .trials import base_config, row_config
 
@@ -67,12 +67,26 @@ class Sweep:
         rows = tuple(row for row in table.rows if not self.rows or row.label in self.rows)
         return Table(table.name, table.title, table.source, rows, table.speed)
 
+    def base_config(self, root: Path) -> CfgNode:
+        """What all rows start from.
+
+        Args:
+            root: folder that ``config`` is relative to.
+        """
+        return base_config(
+            str(root / self.config),
+            data=self.data,
+            num_classes=self.num_classes,
+            budget=self.budget,
+            options=self.options,
+        )
+
 
 def read_sweeps(path: Path) -> dict[str, Sweep]:
     """Sweeps by name.
 
     Args:
-        path: a file as described above; its ``config`` are relative to the working directory.
+        path: a file as described above; see above.
 
     Raises:
         OSError: the file cannot be read.
@@ -120,13 +134,7 @@ def summarise_sweep(
     """
     by_setting = dict(found)
     table = sweep.table(table_name)
-    base = base_config(
-        str(root / sweep.config),
-        data=sweep.data,
-        num_classes=sweep.num_classes,
-        budget=sweep.budget,
-        options=sweep.options,
-    )
+    base = sweep.base_config(root)
     labelled = []
     for seed in range(1, sweep.tables[table_name] + 1):
         for row in table.rows:
@@ -148,21 +156,15 @@ def setting(cfg: Mapping[str, Any]) -> Setting:
         Pairs of dotted key and the text of its value.
     """
     usual = _defaults()
-    return frozenset((key, value) for key, value in _leaves(cfg) if usual.get(key) != value)
+    return frozenset((key, value) for key, value in _texts(cfg) if usual.get(key) != value)
 
 
 @functools.cache
 def _defaults() -> dict[str, str]:
     cfg = get_cfg()
     add_config(cfg)
-    return dict(_leaves(CfgNode.load_cfg(cfg.dump())))
+    return dict(_texts(CfgNode.load_cfg(cfg.dump())))
 
 
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> Sequence[tuple[str, str]]:
-    leaves: list[tuple[str, str]] = []
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            leaves.extend(_leaves(value, f"{prefix}{key}."))
-        elif prefix + key != "OUTPUT_DIR":
-            leaves.append((prefix + key, repr(value)))
-    return leaves
+def _texts(cfg: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    return ((key, repr(value)) for key, value in leaves("", cfg) if key != "OUTPUT_DIR")

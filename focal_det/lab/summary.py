@@ -152,16 +152,22 @@ def unequal_settings(found: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
             seen.setdefault(name, set()).add(str(record["environment"].get(name)))
         cfg = CfgNode.load_cfg(record["config"])
         for key in SHARED:
-            for name, value in _leaves(key, get_key(cfg, key)):
+            for name, value in leaves(key, get_key(cfg, key)):
                 seen.setdefault(name, set()).add(str(value))
     seen["seeds"] = {", ".join(map(str, sorted(numbers))) for numbers in seeds.values()}
     return {name: sorted(values) for name, values in seen.items() if len(values) > 1}
 
 
-def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, CfgNode):
+def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The values below a key, by dotted keys.
+
+    Args:
+        key: of `value`; empty for a whole config.
+        value: a config, or one value.
+    """
+    if isinstance(value, Mapping):
         for name, part in value.items():
-            yield from _leaves(f"{key}.{name}", part)
+            yield from leaves(f"{key}.{name}" if key else name, part)
     else:
         yield key, value
 

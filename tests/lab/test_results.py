@@ -138,13 +138,7 @@ def test_the_kept_records_all_belong_to_a_kept_sweep(root):
     found = results.read_records(kept / "records")
     shown = set()
     for sweep in results.read_sweeps(kept / "sweeps.yaml").values():
-        base = base_config(
-            str(root / sweep.config),
-            data=sweep.data,
-            num_classes=sweep.num_classes,
-            budget=sweep.budget,
-            options=sweep.options,
-        )
+        base = sweep.base_config(root)
         for name, seeds in sweep.tables.items():
             for row in sweep.table(name).rows:
                 for seed in range(1, seeds + 1):
