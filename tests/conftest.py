@@ -1,5 +1,6 @@
 """Shared parts of the tests: a small detector and images with boxes."""
 
+import importlib.util
 import logging
 import os
 
@@ -14,6 +15,7 @@ os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -29,6 +31,22 @@ ROOT = Path(__file__).parent.parent
 def root() -> Path:
     """The checkout."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def load_tool() -> Callable[[str], ModuleType]:
+    """A function from the name of a script in tools/ to the script as a module, made anew."""
+
+    def load(name: str) -> ModuleType:
+        path = ROOT / "tools" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(f"{name}_tool", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture

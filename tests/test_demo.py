@@ -1,6 +1,5 @@
 """The demo: its command line, its fairness between losses, and one run from end to end."""
 
-import importlib.util
 import os
 import re
 import shlex
@@ -44,14 +43,9 @@ LOSSES = ["CrossEntropyLoss", "BalancedCrossEntropyLoss", "OHEMLoss", "FocalLoss
 
 
 @pytest.fixture(scope="module")
-def demo(root):
+def demo(load_tool):
     """tools/demo.py as a module."""
-    spec = importlib.util.spec_from_file_location("demo_tool", root / "tools" / "demo.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("demo")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """What is wrong with a data set is found, named and counted; what is right is let pass."""
 
 import copy
-import importlib.util
 import json
 import math
 import re
@@ -1062,15 +1061,9 @@ def test_foreground_and_background_are_those_of_detectron2s_matcher(setup):
 
 
 @pytest.fixture(scope="module")
-def tool(root):
+def tool(load_tool):
     """tools/check_dataset.py as a module."""
-    path = root / "tools" / "check_dataset.py"
-    spec = importlib.util.spec_from_file_location("check_dataset_tool", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("check_dataset")
 
 
 @pytest.fixture

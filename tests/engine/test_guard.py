@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import importlib.util
 import json
 import logging
 import math
@@ -71,14 +70,9 @@ def batches(make_batch):
 
 
 @pytest.fixture(scope="module")
-def replay(root):
+def replay(load_tool):
     """tools/replay.py as a module."""
-    spec = importlib.util.spec_from_file_location("replay_tool", root / "tools" / "replay.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("replay")
 
 
 class MixedTrainer(SimpleTrainer):

@@ -1,7 +1,5 @@
 """AP over the ratio, and the advice drawn from it, against numbers worked out by hand."""
 
-import importlib.util
-
 import pytest
 
 from focal_det.lab import figures, imbalance
@@ -95,11 +93,8 @@ def test_the_figure_shows_means_and_shares(traced):
 
 
 @pytest.fixture
-def analyze(root):
-    spec = importlib.util.spec_from_file_location("analyze_tool", root / "tools" / "analyze.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def analyze(load_tool):
+    return load_tool("analyze")
 
 
 def test_the_command_says_how_rare_foreground_is(

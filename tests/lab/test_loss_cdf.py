@@ -1,6 +1,5 @@
 """The cumulative loss against a plain sort of all terms, with scalar losses that share no code."""
 
-import importlib.util
 import json
 import re
 
@@ -89,12 +88,9 @@ def test_images_without_objects_alone_have_no_foreground_curve():
 
 
 @pytest.fixture
-def analyze(root):
+def analyze(load_tool):
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("analyze_tool", root / "tools" / "analyze.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("analyze")
 
 
 @pytest.fixture

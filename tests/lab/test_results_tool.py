@@ -1,6 +1,5 @@
 """tools/results.py: what is missing is run, and kept where it is committed."""
 
-import importlib.util
 import json
 
 import pytest
@@ -24,11 +23,9 @@ SWEEPS = """
 
 
 @pytest.fixture
-def tool(root, tmp_path, monkeypatch):
+def tool(load_tool, tmp_path, monkeypatch):
     """The script, whose kept results are in ``tmp_path/kept``."""
-    spec = importlib.util.spec_from_file_location("results_tool", root / "tools" / "results.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("results")
     monkeypatch.setattr(module, "RESULTS", tmp_path / "kept")
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "sweeps.yaml").write_text(SWEEPS)
