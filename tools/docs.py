@@ -18,7 +18,7 @@ from typing import Any
 
 from focal_det.benchmarks import markdown, measure
 from focal_det.config import default_keys, detectron2_default
-from focal_det.lab import imbalance, results
+from focal_det.lab import figures, imbalance, results
 from focal_det.lab import markdown as lab_markdown
 from focal_det.losses import LOSS_REGISTRY, ClassificationLoss
 from version_matrix import table
@@ -32,6 +32,7 @@ RESULTS = ROOT / "tools" / "results"
 MATRIX = RESULTS / "matrix"
 LAB = ROOT / "docs" / "results"
 LAB_PAGE = ROOT / "docs" / "results.md"
+PAPER_SPEED = LAB / "paper_speed.json"
 FIGURES = ROOT / "docs" / "figures"
 KILLS = ROOT / "docs" / "kill_and_resume.json"
 
@@ -137,11 +138,16 @@ def lab_tables() -> dict[str, Callable[[], str]]:
 def figure_data() -> dict[str, Any]:
     """What figures are drawn from, by the name of the figure."""
     pairs = [pair for tables in sweeps().values() for pair in tables.items()]
-    traced = imbalance.trace(made for name, made in pairs if name == "imbalance")
-    data = {"imbalance": traced} if len(traced["points"]) > 1 else {}
+    data = {"2": read(PAPER_SPEED)}
     for name, made in pairs:
+        if name == "detectors" and all(row["seeds"] for row in made["rows"]):
+            title = f"{', '.join(made['data'])}; {', '.join(made['devices'])}"
+            data["2"][title] = figures.speed_points(made)
         if name == "7" and all(row["seeds"] for row in made["rows"]):
             data["7"] = made
+    traced = imbalance.trace(made for name, made in pairs if name == "imbalance")
+    if len(traced["points"]) > 1:
+        data["imbalance"] = traced
     return data
 
 

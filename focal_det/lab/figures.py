@@ -130,40 +130,79 @@ def figure_2(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         groups: title to points with ``method``, ``AP`` (percent) and ``time_ms``.
     """
     with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(SIZE[0] * len(groups), SIZE[1]), layout="constrained")
-        panels = figure.subplots(1, len(groups), squeeze=False)[0]
+        figure = Figure(figsize=(1.7 * SIZE[0], SIZE[1] * len(groups)), layout="constrained")
+        panels = figure.subplots(len(groups), squeeze=False)[:, 0]
         for axes, (title, points) in zip(panels, groups.items(), strict=True):
-            _label(axes, title, "inference time of an image (ms)", "AP (percent)")
+            _label(axes, plain(title), "inference time of an image (ms)", "AP (percent)")
             hull = upper_hull([(point["time_ms"], point["AP"]) for point in points])
             axes.plot(*zip(*hull, strict=True), color="#999999", linestyle=(0, (4, 1.5)), zorder=1)
-            for family, (style, marker) in FAMILIES.items():
-                members = [point for point in points if _family(point["method"]) == family]
-                if not members:
-                    continue
+            points = sorted(points, key=lambda point: -point["AP"])
+            for number, point in enumerate(points, start=1):
+                style, marker = FAMILIES[_family(point["method"])]
+                what = f"{point['method']}: {point['AP']:.1f}, {point['time_ms']:.3g} ms"
                 axes.plot(
-                    [point["time_ms"] for point in members],
-                    [point["AP"] for point in members],
-                    marker,
-                    color=style.color,
-                    ms=7,
-                    label=family,
-                )
-            axes.legend(frameon=False, loc="lower right")
-            for point in points:
-                # Above where another of the same AP stands to the left, whose name is there.
-                crowded = any(
-                    other["AP"] == point["AP"] and other["time_ms"] < point["time_ms"]
-                    for other in points
-                )
+                    point["time_ms"], point["AP"], marker, color=style.color, ms=7,
+                    linestyle="none", label=plain(f"{number}  {what}"),
+                )  # fmt: skip
+            axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+            axes.margins(0.12)
+            for (time, ap), numbers in _together(points).items():
                 axes.annotate(
-                    point["method"],
-                    (point["time_ms"], point["AP"]),
-                    xytext=(5, 5 if crowded else -11),
-                    textcoords="offset points",
-                    fontsize=8,
-                )
-            axes.margins(0.18, 0.12)
+                    numbers, (time, ap), xytext=(6, -2), textcoords="offset points",
+                    fontsize=9, va="center",
+                )  # fmt: skip
     return figure
+
+
+def _together(points: Sequence[Mapping[str, Any]]) -> dict[tuple[float, float], str]:
+    """Where numbers go: points that are too near for a number each have theirs in one place.
+
+    Args:
+        points: by falling AP; the first is 1.
+
+    Returns:
+        From the rightmost time and the middle AP of neighbours to their numbers.
+    """
+    near = {
+        name: share * np.ptp([point[name] for point in points])
+        for name, share in (("time_ms", 0.12), ("AP", 0.05))
+    }
+    groups: list[list[int]] = []
+    for index, point in enumerate(points):
+        for group in groups:
+            last = points[group[-1]]
+            if all(abs(point[name] - last[name]) <= near[name] for name in near):
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return {
+        (
+            max(points[index]["time_ms"] for index in group),
+            (points[group[0]]["AP"] + points[group[-1]]["AP"]) / 2,
+        ): " ".join(str(index + 1) for index in group)
+        for group in groups
+    }
+
+
+def speed_points(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A sweep's own points of Figure 2: the rows that have both an AP and a time.
+
+    Args:
+        summary: of :func:`focal_det.lab.summary.summarise`.
+
+    Returns:
+        ``method``, ``AP`` (percent, mean over seeds) and ``time_ms`` of each.
+    """
+    return [
+        {
+            "method": row["label"],
+            "AP": row["metrics"]["AP"]["mean"],
+            "time_ms": row["inference_ms"],
+        }
+        for row in summary["rows"]
+        if row["inference_ms"] is not None and row["metrics"]["AP"]["mean"] is not None
+    ]
 
 
 def speed_picture(summary: Mapping[str, Any]) -> Figure | None:
@@ -172,16 +211,8 @@ def speed_picture(summary: Mapping[str, Any]) -> Figure | None:
     Args:
         summary: of :func:`focal_det.lab.summary.summarise`.
     """
-    points = [
-        {
-            "method": plain(row["label"]),
-            "AP": row["metrics"]["AP"]["mean"],
-            "time_ms": row["inference_ms"],
-        }
-        for row in summary["rows"]
-        if row["inference_ms"] is not None and row["metrics"]["AP"]["mean"] is not None
-    ]
-    return figure_2({plain(", ".join(summary["devices"])): points}) if points else None
+    points = speed_points(summary)
+    return figure_2({", ".join(summary["devices"]): points}) if points else None
 
 
 def _family(method: str) -> str:

@@ -112,6 +112,29 @@ def test_figure_2_has_the_papers_points(root):
     assert sorted(points, key=str) == sorted(paper["figure_2_points"], key=str)
 
 
+def test_figure_2_names_each_point_by_a_number_in_the_order_of_ap():
+    names = ("FocalRetinaNet, a", "FocalRetinaNet, b", "Detectron2 RetinaNet", "FCOS")
+    points = [
+        {"method": name, "AP": ap, "time_ms": time}
+        for name, ap, time in zip(names, (20.0, 20.1, 30.0, 5.0), (10, 11, 80, 60), strict=True)
+    ]
+    (axes,) = figures.figure_2({"one $ two": points}).axes
+    drawn = {line.get_label(): line for line in axes.get_lines()[1:]}
+    assert list(drawn) == [
+        "1  Detectron2 RetinaNet: 30.0, 80 ms",
+        "2  FocalRetinaNet, b: 20.1, 11 ms",
+        "3  FocalRetinaNet, a: 20.0, 10 ms",
+        "4  FCOS: 5.0, 60 ms",
+    ]
+    at = [(line.get_xdata()[0], line.get_ydata()[0]) for line in drawn.values()]
+    assert at == [(80, 30.0), (11, 20.1), (10, 20.0), (60, 5.0)]
+    assert len({(line.get_color(), line.get_marker()) for line in drawn.values()}) == 3
+    # Two that are too near for a number each have theirs in one place.
+    numbers = {text.get_text(): text.xy for text in axes.texts}
+    assert numbers == {"1": (80, 30.0), "2 3": (11, pytest.approx(20.05)), "4": (60, 5.0)}
+    assert axes.get_title(loc="left") == r"one \$ two"
+
+
 def test_the_same_data_give_the_same_bytes(plot, tmp_path):
     for name in ("one", "two"):
         plot("figure", "5", "--output", tmp_path / name)
