@@ -622,6 +622,24 @@ def test_a_config_that_is_its_own_base_is_named(tmp_path):
     assert CfgNode.load_yaml_with_base(names[0]) == {"VERSION": 2}
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "a config must map keys to values, got 'None'"),
+        ("- 1\n- 2\n", r"a config must map keys to values, got '\[1, 2\]'"),
+        ("import torch\n", "a config must map keys to values, got 'import torch'"),
+        ("MODEL: {A: 1\n", "no YAML: while parsing a flow mapping"),
+    ],
+)
+@pytest.mark.parametrize("base", [False, True])
+def test_a_file_that_is_no_config_is_named(tmp_path, text, says, base):
+    install()
+    (tmp_path / "bad.yaml").write_text(text)
+    (tmp_path / "good.yaml").write_text("_BASE_: bad.yaml\n")
+    with pytest.raises(ValueError, match=f"bad.yaml: {says}"):
+        CfgNode().merge_from_file(str(tmp_path / ("good.yaml" if base else "bad.yaml")))
+
+
 # --------------------------------------------------------------------------------------------------
 # Detectron2's own classes, in a process that chose an environment module with install()
 

@@ -28,7 +28,8 @@ def install() -> None:
     - ``DetectionCheckpointer``: :func:`~focal_det.safe_loading.load_checkpoint`.
     - ``CfgNode.merge_from_file`` and ``load_yaml_with_base``, ``_BASE_`` files included, and
       ``LazyConfig.load`` of YAML: :func:`~focal_det.safe_loading.load_yaml`, whatever
-      ``allow_unsafe`` says. A file that is its own ``_BASE_`` is a ``ValueError``.
+      ``allow_unsafe`` says. A file that is its own ``_BASE_``, is no YAML or maps no keys to values
+      is a ``ValueError`` that names it.
     - Proposal files: :func:`~focal_det.safe_loading.load_pickle`.
 
     A ``.py`` LazyConfig is still executed: it is a program. Safe to call more than once. Can go
@@ -63,7 +64,15 @@ def _install_configs() -> None:
         # fvcore, which merges the _BASE_ files, falls back to unsafe loading by itself. It is
         # handed text that has no tags left.
         with theirs(cls, filename) as file:
-            return io.StringIO(yaml.safe_dump(load_yaml(file), sort_keys=False))
+            try:
+                content = load_yaml(file)
+            except yaml.YAMLError as error:
+                raise ValueError(f"{filename}: no YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(content, dict):
+            raise ValueError(
+                f"{filename}: a config must map keys to values, got {str(content)!r:.80}"
+            )
+        return io.StringIO(yaml.safe_dump(content, sort_keys=False))
 
     CfgNode._open_cfg = classmethod(_open_cfg)
     _install_check_of_bases()
