@@ -71,6 +71,10 @@ class Row:
             AssertionError, KeyError, ValueError: an override that the config does not take, or a
                 backbone that has no deeper one.
         """
+        for key, value in self.overrides.items():
+            if value is None:
+                # Detectron2 would take it for any key.
+                raise ValueError(f"{key} must have a value, got null")
         cfg.merge_from_list([x for pair in self.overrides.items() for x in pair])
         if self.anchors is not None:
             per_octave = self.anchors["scales"]
@@ -132,7 +136,7 @@ def load_table(name: str) -> Table:
             raise ValueError(
                 f"--table must be one of {', '.join(built_in())}, all, or a YAML file, got {name!r}"
             )
-    if path.stem in RESERVED:
+    if path.stem in RESERVED or (path.stem in built_in() and path.parent != FOLDER):
         raise ValueError(f"{path}: a table cannot be called {path.stem}, other files are")
     with path.open(encoding="utf-8") as file:
         try:

@@ -121,7 +121,10 @@ def test_a_row_is_what_its_label_says_whatever_it_starts_from(cfg):
             row.apply(expected)
             if row.detector == "focal_det":
                 assert repr(build_loss(made)) == repr(build_loss(expected)), (name, row.label)
-                compared += 1
+            elif row.detector != "faster_rcnn":  # the focal loss of the other dense detectors
+                for key in ("FOCAL_LOSS_GAMMA", "FOCAL_LOSS_ALPHA"):
+                    assert made.MODEL.RETINANET[key] == expected.MODEL.RETINANET[key]
+            compared += 1
     assert compared > 50
 
 
@@ -143,6 +146,9 @@ def test_a_table_cannot_take_the_name_of_another_tools_file(tmp_path):
     (tmp_path / "results.yaml").write_text("rows: [{label: a}]")
     with pytest.raises(ValueError, match="a table cannot be called results"):
         load_table(str(tmp_path / "results.yaml"))
+    (tmp_path / "1b.yaml").write_text("rows: [{label: a}]")
+    with pytest.raises(ValueError, match="a table cannot be called 1b"):
+        load_table(str(tmp_path / "1b.yaml"))
 
 
 def test_anchors_are_so_many_to_the_octave_from_each_levels_smallest(cfg):
