@@ -81,7 +81,7 @@ def draw(name: str, data: Path | None, output: Path) -> None:
         path = data or FOLDER / f"figure_{name}.json"
         try:
             figure = OF_DATA[name](json.loads(path.read_text(encoding="utf-8")))
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise ValueError(
                 f"{path} is not what figure {name} is drawn from: {type(error).__name__}: {error}"
             ) from error

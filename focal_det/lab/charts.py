@@ -1,8 +1,9 @@
 """A summary as a picture: our seeds on the left, the paper's numbers on the right."""
 
+import contextlib
 import io
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,7 +34,7 @@ def draw_table(summary: dict[str, Any]) -> Figure:
     """
     rows = summary["rows"][::-1]  # the first one on top
     compared = any(RANKED in row["paper"] for row in rows)
-    with mpl.rc_context(SETTINGS):
+    with drawing_as_here():
         figure = Figure(figsize=(8 if compared else 5.5, 1.2 + 0.34 * len(rows)))
         figure.set_layout_engine("constrained")
         axes = figure.subplots(1, 1 + compared, sharey=True, squeeze=False)[0]
@@ -58,6 +59,19 @@ def draw_table(summary: dict[str, Any]) -> Figure:
             axis.set_axisbelow(True)
         figure.suptitle(plain(summary["title"]), x=0.01, ha="left", fontsize=12, fontweight="bold")
     return figure
+
+
+@contextlib.contextmanager
+def drawing_as_here(more: dict[Any, Any] | None = None) -> Iterator[None]:
+    """Settings of matplotlib for as long as a figure is made, whatever the user's are.
+
+    Args:
+        more: settings besides :data:`SETTINGS`.
+    """
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update({**SETTINGS, **(more or {})})
+        yield
 
 
 def plain(text: str) -> str:
@@ -93,7 +107,10 @@ def render(figure: Figure, kind: str, name: str) -> bytes:
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
     buffer = io.BytesIO()
     # A fixed salt and no date, so that nothing but the data can change the files.
-    with mpl.rc_context({**SETTINGS, "svg.hashsalt": name}):
+    with drawing_as_here({"svg.hashsalt": name}):
+        # Once, as each drawing moves the parts a little further.
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
         figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
     return buffer.getvalue()
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from focal_det.analysis.drawing import STYLES
 from focal_det.losses import CrossEntropyLoss, ElementwiseLoss, FocalLoss, FocalLossStar
 
-from .charts import SETTINGS, plain
+from .charts import drawing_as_here, plain
 from .imbalance import relative
 from .summary import RANKED
 
@@ -45,7 +45,7 @@ def figure_1() -> Figure:
         )[0]
         for gamma in GAMMAS
     }
-    with mpl.rc_context(SETTINGS):
+    with drawing_as_here():
         figure, axes = _axes("Focal loss", "p_t, probability of the true class", "loss")
         _draw_curves(axes, p_t, curves)
         axes.set_xlim(0, 1)
@@ -69,7 +69,7 @@ def figure_6() -> Figure:
 def _forms(title: str, unit: str, *, derivative: bool) -> Figure:
     x_t = torch.linspace(-5, 5, 401, dtype=torch.float64)
     curves = {name: loss_of(loss, x_t)[int(derivative)] for name, loss in FORMS.items()}
-    with mpl.rc_context(SETTINGS):
+    with drawing_as_here():
         figure, axes = _axes(title, "x_t, logit of the true class", unit)
         _draw_curves(axes, x_t, curves)
         axes.set_xlim(-5, 5)
@@ -103,7 +103,7 @@ def figure_7(rows: Iterable[Mapping[str, float]]) -> Figure:
     """
     rows = sorted(rows, key=lambda row: row["AP"])
     x_t = torch.linspace(-5, 5, 401, dtype=torch.float64)
-    with mpl.rc_context(SETTINGS):
+    with drawing_as_here():
         figure, axes = _axes("FL* by the AP it gave", "x_t, logit of the true class", "loss")
         scores = [row["AP"] for row in rows]
         norm = mpl.colors.Normalize(min(scores), max(scores) or 1)
@@ -129,7 +129,7 @@ def figure_2(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     Args:
         groups: title to points with ``method``, ``AP`` (percent) and ``time_ms``.
     """
-    with mpl.rc_context(SETTINGS):
+    with drawing_as_here():
         figure = Figure(figsize=(1.7 * SIZE[0], SIZE[1] * len(groups)), layout="constrained")
         panels = figure.subplots(len(groups), squeeze=False)[:, 0]
         for axes, (title, points) in zip(panels, groups.items(), strict=True):
@@ -256,7 +256,7 @@ def figure_imbalance(traced: Mapping[str, Any]) -> Figure:
     _check_number(traced["labels"])
     points = traced["points"]
     ratios = [point["background_per_foreground"] for point in points]
-    with mpl.rc_context(SETTINGS):
+    with drawing_as_here():
         figure = Figure(figsize=(2 * SIZE[0], SIZE[1]), layout="constrained")
         left, right = figure.subplots(1, 2)
         unit = "background anchors to a foreground one"
@@ -292,7 +292,7 @@ def figure_4(curves: Mapping[str, Any]) -> Figure:
         curves: ``fraction`` (of the examples, in [0, 1]), and for ``foreground`` and
             ``background`` a mapping of gamma, as text, to the share of the loss up to there.
     """
-    with mpl.rc_context(SETTINGS):
+    with drawing_as_here():
         figure = Figure(figsize=(2 * SIZE[0], SIZE[1]), layout="constrained")
         for axes, side in zip(figure.subplots(1, 2), ("foreground", "background"), strict=True):
             _label(axes, side, f"fraction of {side} examples", "share of the loss")

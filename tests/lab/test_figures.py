@@ -160,3 +160,14 @@ def test_data_of_another_kind_is_named(plot, tmp_path):
     (tmp_path / "x.json").write_text(json.dumps({"a": 1}))
     said = plot("figure", "4", "--data", tmp_path / "x.json", "--output", tmp_path, status=2)
     assert f"{tmp_path}/x.json is not what figure 4 is drawn from: KeyError" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("7", {"rows": []}), ("2", {}), ("2", {"one": []}), ("4", [])]
+)
+def test_data_without_anything_to_draw_are_named(load_tool, tmp_path, name, content):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"x.json is not what figure {name} is drawn from"):
+        load_tool("plot").draw(name, path, tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["x.json"]
