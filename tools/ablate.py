@@ -9,8 +9,8 @@ What is done already, by the hash of its whole config, is not run again: a sweep
 goes on where it stopped, and one with more seeds adds to the first. A set of your own is named in
 FOCAL_DET_DATASETS, as NAME_train and NAME_val.
 
-Writes OUTPUT/records/KEY.json for each trial and OUTPUT/TABLE.md, .json, .svg and .png. Tables
-that show times run one trial at a time, on all cores, unless --cpus says otherwise.
+Writes OUTPUT/records/KEY.json for each trial and OUTPUT/TABLE.md, .json, .svg and .png. A trial
+gets one CPU core; where the table shows times, a machine to itself, unless --cpus says otherwise.
 """
 
 import argparse
@@ -33,8 +33,9 @@ from focal_det.analysis import records
 from focal_det.lab import charts, figures, markdown, summary
 from focal_det.lab.measuring import fingerprints
 from focal_det.lab.running import differ
-from focal_det.lab.sweep import in_turns, load_records, run_sweep
+from focal_det.lab.sweep import in_turns, run_sweep
 from focal_det.lab.tables import Table, built_in, load_table
+from focal_det.lab.trial_records import load_records
 from focal_det.lab.trials import Trial, make_trials
 
 
@@ -101,13 +102,13 @@ def run(args: argparse.Namespace, output: Path) -> int:
     problems = []
     if not args.report_only:
         timed = {x.key for table in args.tables if table.timed for x in by_table[table.name]}
-        for cpus, trials in in_turns(left, timed, args.cpus, args.gpus):
+        for cpus, trials in in_turns(left, timed, args.cpus):
             problems += run_sweep(trials, output, address=args.address, cpus=cpus, gpus=args.gpus)
+        done = load_done(output, every)
     for table in args.tables:
         trials = by_table[table.name]
-        found = load_records(output, [trial.key for trial in trials])
         # Tables share settings: a record may say the label that another table has for it.
-        labelled = [{**found[x.key], "label": x.label} for x in trials if x.key in found]
+        labelled = [{**done[x.key], "label": x.label} for x in trials if x.key in done]
         report(table, labelled, output)
     for problem in problems:
         print(f"failed: {problem}", file=sys.stderr)
@@ -124,9 +125,9 @@ def load_done(output: Path, trials: dict[str, Trial]) -> dict[str, dict[str, Any
     done = load_records(output, trials)
     names = {name for record in done.values() for part in record["data"] for name in part}
     now = fingerprints(sorted(name for name in names if name in DatasetCatalog))
-    stale = [key for key, record in done.items() if differ(record.get("annotations", {}), now)]
+    stale = [key for key, record in done.items() if differ(record["annotations"], now)]
     if stale:
-        print(f"{len(stale)} records are of other annotations under the same names: run again")
+        print(f"{len(stale)} records are of other annotations under the same names: left out")
     return {key: record for key, record in done.items() if key not in stale}
 
 
@@ -170,7 +171,7 @@ def parse(argv: Sequence[str] | None = None, command: Command | None = None) -> 
     folder = command.output if command else "output/ablate"
     parser.add_argument("--output", help=f"folder of the sweep; default: {folder}/DATA")
     parser.add_argument("--address", help="of a Ray cluster; default: this machine")
-    parser.add_argument("--cpus", type=int, help="CPU cores for each trial; default: 1, see above")
+    parser.add_argument("--cpus", type=int, help="CPU cores for each trial; default: see above")
     parser.add_argument(
         "--gpus",
         type=int,

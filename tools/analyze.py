@@ -41,6 +41,7 @@ from focal_det.lab import imbalance
 from focal_det.lab.loss_cdf import LossCDF
 from focal_det.lab.measuring import count_anchors
 from focal_det.progress import bar_options
+from focal_det.safe_loading import UnsafeFileError
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "configs" / "Base-FocalRetinaNet.yaml"
@@ -50,7 +51,12 @@ MEASURED = ROOT / "docs" / "figures" / "figure_imbalance.json"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     args = parse(argv)
-    status: int = args.run(args)
+    try:
+        status: int = args.run(args)
+    # Of checkpoints, data and records; Detectron2 asserts that there are images.
+    except (AssertionError, OSError, ValueError, UnsafeFileError) as error:
+        print(error, file=sys.stderr)
+        return 2
     return status
 
 
@@ -72,8 +78,7 @@ def find_loss_cdf(args: argparse.Namespace) -> int:
     try:
         made = cdf.curves()
     except ValueError as error:
-        print(f"{', '.join(cfg.DATASETS.TEST)}: {error}", file=sys.stderr)
-        return 1
+        raise ValueError(f"{', '.join(cfg.DATASETS.TEST)}: {error}") from error
     made["images"] = len(images)
     made["data"] = list(cfg.DATASETS.TEST)
     made["loss"] = cfg.MODEL.FOCAL_DET.LOSS.NAME
@@ -88,7 +93,10 @@ def find_loss_cdf(args: argparse.Namespace) -> int:
 def find_imbalance(args: argparse.Namespace) -> int:
     """The command imbalance."""
     name = args.cfg.DATASETS.TRAIN[0]
-    counts = count_anchors(args.cfg)
+    try:
+        counts = count_anchors(args.cfg)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     ratio = counts["background_per_foreground"]
     if ratio is None:
         print(
@@ -104,7 +112,10 @@ def find_imbalance(args: argparse.Namespace) -> int:
     if not MEASURED.is_file():
         print(f"{MEASURED} is missing, so nothing can be said of losses", file=sys.stderr)
         return 1
-    print(describe(ratio, json.loads(MEASURED.read_text(encoding="utf-8"))))
+    try:
+        print(describe(ratio, json.loads(MEASURED.read_text(encoding="utf-8"))))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{MEASURED} cannot be read: {type(error).__name__}: {error}") from error
     return 0
 
 
@@ -128,12 +139,11 @@ def describe(ratio: float, traced: dict[str, Any]) -> str:
     if not advice["inside"]:
         lines.append("Your ratio lies outside of what was measured: take this as a hint at most.")
     if advice["first"] is None:
-        lines.append(f"One seed: {advice['ranked'][0]} is ahead, perhaps by chance.")
+        lines.append("That is too little to say which to try first: no AP, or a row of one seed.")
         return "\n".join(lines)
     best, *others = advice["first"]
-    known = traced["losses"].get(best)
-    key = f" (MODEL.FOCAL_DET.LOSS.NAME {known})" if known else ""
-    lines.append(f"Try first: {best}{key}.")
+    lines.append(f"Try first: {best}.")
+    lines.append("  " + " ".join(f"{key} {x}" for key, x in traced["settings"][best].items()))
     if others:
         lines.append(f"The seeds do not tell apart from it: {', '.join(others)}.")
     return "\n".join(lines)

@@ -4,7 +4,7 @@
     python tools/benchmark_detectors.py --data cells --config configs/my_base.yaml --budget 5000
 
 Same data, loaders, input size, schedule, seeds, backbone and its first weights; what differs all
-the same is a column of the table. One trial at a time, on all cores, unless --cpus says otherwise:
+the same is a column of the table. Each trial has a machine to itself, unless --cpus says otherwise:
 trials that share a machine would slow each other. Resuming and output are those of
 tools/ablate.py.
 """

@@ -12,7 +12,7 @@ import argparse
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 with warnings.catch_warnings():
@@ -34,8 +34,13 @@ RESULTS = ROOT / "docs" / "results"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     args = parse(argv)
-    keep(args.output)
-    known = {found for found, _ in results.read_records(RESULTS / "records")}
+    if not args.dry_run:
+        keep(args.output, args.trials)
+    try:
+        known = {found for found, _ in results.read_records(RESULTS / "records")}
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
     left = [
         trial
         for trial in args.trials
@@ -57,19 +62,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     finally:
-        keep(args.output)
+        keep(args.output, args.trials)
     for problem in problems:
         print(f"failed: {problem}", file=sys.stderr)
     print("`make docs` writes the pages anew")
     return 1 if problems else 0
 
 
-def keep(output: Path) -> None:
-    """Copy records to where they are committed."""
+def keep(output: Path, trials: Iterable[Trial]) -> None:
+    """Copy the records of trials to where they are committed."""
     folder = RESULTS / "records"
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted((output / "records").glob("*.json")):
-        if not (folder / path.name).exists():
+    for trial in trials:
+        path = output / "records" / f"{trial.key}.json"
+        if path.is_file() and not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
 
 
@@ -85,6 +91,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "results")
     parser.add_argument("--dry-run", action="store_true", help="say what would be run")
     args = parser.parse_args(argv)
+    if args.cpus is not None and args.cpus < 1:
+        parser.error(f"--cpus must be 1 or more, got {args.cpus}")
     try:
         sweeps = results.read_sweeps(RESULTS / "sweeps.yaml")
         for name in args.sweeps:

@@ -7,6 +7,7 @@ throughout, never NaN, so that the files are JSON by its standard.
 import json
 import math
 import platform
+import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -141,7 +142,17 @@ def environment(device: str) -> dict[str, Any]:
             if on_cpu
             else torch.cuda.get_device_name(device)
         ),
+        "cpu": cpu_name(),
     }
+
+
+def cpu_name() -> str:
+    """The model of this machine's CPU, as far as the system tells."""
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        match = None
+    return match.group(1).strip() if match else platform.processor() or platform.machine()
 
 
 def commit() -> str | None:
@@ -200,9 +211,12 @@ def load_of_schema(path: Path, schema: int) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is of another schema, which is named with the file.
+        ValueError: it is no JSON, or of another schema, which is named with the file.
     """
-    record = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON, or of its encoding
+        raise ValueError(f"{path}: {error}") from error
     found = record.get("schema") if isinstance(record, dict) else None
     if found != schema:
         raise ValueError(f"{path}: schema {found}, known is {schema}")

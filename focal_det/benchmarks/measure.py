@@ -9,7 +9,6 @@ import gc
 import importlib.metadata
 import json
 import os
-import platform
 import re
 import shlex
 import statistics
@@ -208,15 +207,7 @@ def describe_device(device: str = "cpu") -> dict[str, Any]:
     """``type`` ("cpu" or "cuda"), ``name`` of the model, ``threads`` (CPU; else None)."""
     if on_cuda(device):
         return {"type": "cuda", "name": torch.cuda.get_device_name(device), "threads": None}
-    return {"type": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads()}
-
-
-def _cpu_name() -> str:
-    try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        match = None
-    return match.group(1).strip() if match else platform.processor() or platform.machine()
+    return {"type": "cpu", "name": records.cpu_name(), "threads": torch.get_num_threads()}
 
 
 def slug(device: dict[str, Any]) -> str:

@@ -18,19 +18,19 @@ def trace(summaries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         summaries: of :func:`focal_det.lab.summary.summarise`, of one table and a data set each.
 
     Returns:
-        ``labels`` of the rows, ``losses`` (the ``LOSS.NAME`` of each label), and ``points`` by
-        rising ratio: ``data``, ``background_per_foreground``, ``iterations``, ``commits``,
+        ``labels`` of the rows, ``settings`` (the overrides of each label), and ``points`` by rising
+        ratio: ``data``, ``background_per_foreground``, ``iterations``, ``commits``,
         ``devices``, and ``AP`` by label: ``mean``, ``sd`` and ``values`` of the seeds. Sets
         without a ratio or a result are left out.
     """
-    points, losses = [], {}
+    points, settings = [], {}
     for made in summaries:
         rows = [row for row in made["rows"] if row["metrics"][RANKED]["mean"] is not None]
         ratio = made["background_per_foreground"]
         if not rows or ratio is None:
             continue
         for row in rows:
-            losses[row["label"]] = row["overrides"].get("MODEL.FOCAL_DET.LOSS.NAME")
+            settings[row["label"]] = dict(row["overrides"])
         points.append(
             {
                 **{key: made[key] for key in ("data", "iterations", "commits", "devices")},
@@ -39,7 +39,7 @@ def trace(summaries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             }
         )
     points.sort(key=lambda point: point["background_per_foreground"])
-    return {"labels": list(losses), "losses": losses, "points": points}
+    return {"labels": list(settings), "settings": settings, "points": points}
 
 
 def advise(ratio: float, traced: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,7 +53,8 @@ def advise(ratio: float, traced: Mapping[str, Any]) -> dict[str, Any]:
         ``point``, the measured one that is nearest on a logarithmic axis; ``inside``, whether
         `ratio` lies between the outermost ones; ``ranked``, its labels by falling mean;
         ``first``, the best and those that its seeds do not tell from it: whose highest seed is not
-        below the lowest of the best. With one seed they cannot be told, and ``first`` is None.
+        below the lowest of the best. With one seed of any row they cannot be told, and where all
+        have an AP of 0 there is nothing to tell: ``first`` is None.
 
     Raises:
         ValueError: nothing was measured, or a ratio of 0 or less.
@@ -67,13 +68,15 @@ def advise(ratio: float, traced: Mapping[str, Any]) -> dict[str, Any]:
     point = min(points, key=lambda p: abs(math.log(p["background_per_foreground"] / ratio)))
     measured = point[RANKED]
     ranked = sorted(measured, key=lambda label: -measured[label]["mean"])
-    lowest = min(_values(measured[ranked[0]]))
-    first = [label for label in ranked if max(_values(measured[label])) >= lowest]
+    values = {label: [x for x in measured[label]["values"] if x is not None] for label in ranked}
+    lowest = min(values[ranked[0]])
+    first = [label for label in ranked if max(values[label]) >= lowest]
+    told = measured[ranked[0]]["mean"] > 0 and min(map(len, values.values())) > 1
     return {
         "point": point,
         "inside": min(ratios) <= ratio <= max(ratios),
         "ranked": ranked,
-        "first": first if len(_values(measured[ranked[0]])) > 1 else None,
+        "first": first if told else None,
     }
 
 
@@ -90,7 +93,3 @@ def relative(traced: Mapping[str, Any], label: str) -> list[float | None]:
         mean = point[RANKED].get(label, {}).get("mean")
         shares.append(100 * mean / best if mean is not None and best > 0 else None)
     return shares
-
-
-def _values(metric: Mapping[str, Any]) -> list[float]:
-    return [value for value in metric["values"] if value is not None]

@@ -79,7 +79,7 @@ class LossCDF:
             that they make up, interpolated inside a bin; ``counts`` by side.
 
         Raises:
-            ValueError: a side has no example.
+            ValueError: a side has no example, or the losses of one are not finite or all 0.
         """
         fractions = torch.linspace(0, 1, points, dtype=torch.float64)
         made: dict[str, Any] = {"fraction": fractions.tolist(), "counts": {}}
@@ -92,6 +92,11 @@ class LossCDF:
             reached = _from_zero(self.counts[side][filled].cumsum(0).double() / total)
             made[side] = {}
             for gamma, sums in self.sums[side].items():
+                if not 0 < sums.sum() < float("inf"):  # not a number is neither
+                    raise ValueError(
+                        f"the {side} losses of gamma {gamma:g} sum up to {float(sums.sum())}: "
+                        "no share can be taken of that"
+                    )
                 share = _from_zero(sums[filled].cumsum(0) / sums.sum())
                 made[side][f"{gamma:g}"] = _interpolate(fractions, reached, share).tolist()
         return made

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from .summary import MACHINE
+
 SHOWN = ("AP", "AP50", "AP75")
 # Column -> measure, its unit and form.
 SPEED = {
@@ -28,7 +30,8 @@ def render(summary: dict[str, Any]) -> str:
     head += [*(f"paper's {name}" for name in SHOWN), "paper's rank"] if compared else []
     head += ["ms an image", "paper's ms"] if timed else []
     head += [*SPEED, "what differs"] if summary["speed"] else []
-    lines = [f"### {summary['title']}", "", f"{summary['source']}.", ""]
+    lines = [f"### {escape(summary['title'])}", ""]
+    lines += [f"{escape(summary['source'])}.", ""] if summary["source"] else []
     lines += ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|"]
     for row in rows:
         bold = "**" if row["label"] == summary["winner"] else ""
@@ -43,16 +46,21 @@ def render(summary: dict[str, Any]) -> str:
             cells += [_number(row["inference_ms"]), _number(row["paper"].get("milliseconds"))]
         if summary["speed"]:
             cells += [_number(row[name], form, unit) for name, unit, form in SPEED.values()]
-            cells.append(row["differs"])
+            cells.append(escape(row["differs"]))
         lines.append("| " + " | ".join(cells) + " |")
     tau = summary["kendall_tau"]
-    order = "" if tau is None else f" Kendall's tau with the paper's order: {tau:.2f}."
+    both = sum(row["rank"] is not None and row["paper_rank"] is not None for row in rows)
+    order = ""
+    if tau is not None:
+        order = f" Kendall's tau with the paper's order of {both} rows: {tau:.2f}."
     made = f"{_list(summary['iterations'])} iterations on {_list(summary['data'])}, "
     made += f"commit {_list(summary['commits'])}"
-    lines += ["", f"{summary['verdict']}{order}", ""]
+    lines += ["", f"{escape(summary['verdict'])}{order}", ""]
     lines += [f"Mean ± standard deviation over seeds; {made}, {_list(summary['devices'])}."]
     if summary["speed"]:
         lines += ["", equality(summary["unequal"], "**")]
+    elif timed and unlike(summary["unequal"]):
+        lines += ["", unlike(summary["unequal"], "**")]
     return "\n".join(lines) + "\n"
 
 
@@ -68,13 +76,29 @@ def equality(unequal: dict[str, list[str]], mark: str = "") -> str:
             "All rows agree in data, loaders, input, schedule, backbone, pyramid and first "
             "weights. Times and memory are medians over seeds."
         )
-    named = "; ".join(f"{key}: {' or '.join(values)}" for key, values in unequal.items())
-    return f"{mark}The rows do not agree in all settings.{mark} {named}."
+    return f"{mark}The rows do not agree in all settings.{mark} {_named(unequal)}."
+
+
+def unlike(unequal: dict[str, list[str]], mark: str = "") -> str:
+    """Whether times were measured on machines that differ; empty where they were not.
+
+    Args:
+        unequal, mark: as of :func:`equality`.
+    """
+    machines = {key: values for key, values in unequal.items() if key in MACHINE}
+    if not machines:
+        return ""
+    return f"{mark}The times were not measured alike.{mark} {_named(machines)}."
+
+
+def _named(unequal: dict[str, list[str]]) -> str:
+    return "; ".join(f"{key}: {' or '.join(values)}" for key, values in unequal.items())
 
 
 def escape(cell: str) -> str:
-    """Text for a cell of a Markdown table."""
-    return " ".join(cell.split()).replace("|", "\\|").replace("<", "&lt;")
+    """Text for one line of Markdown, or a cell of a table."""
+    text = " ".join(cell.split()).replace("|", "\\|").replace("<", "&lt;")
+    return text.replace("*", "\\*")
 
 
 def _with_spread(metric: dict[str, Any]) -> str:

@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import logging
 import os
-import resource
 import statistics
 import sys
 import time
@@ -73,6 +72,8 @@ def peak_memory_mib(device: str) -> float:
     """Most memory so far: of PyTorch's allocator on a GPU, else resident in this process."""
     if torch.device(device).type == "cuda":
         return float(torch.cuda.max_memory_allocated(device)) / 2**20
+    import resource  # absent on Windows, where records can still be read
+
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
@@ -89,7 +90,7 @@ def time_inference(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
         ``median`` and ``p95`` in milliseconds over :data:`TIMED` images, after :data:`WARM_UP`.
     """
     model.eval()
-    times: list[float] = []
+    times: list[float] = []  # of every image
     on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
     for index, inputs in enumerate(build_detection_test_loader(cfg, cfg.DATASETS.TEST[0])):
         if index == WARM_UP + TIMED:
@@ -98,16 +99,16 @@ def time_inference(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
         model(inputs)
         if on_gpu:
             torch.cuda.synchronize()
-        if index >= WARM_UP:
-            times.append(1000 * (time.perf_counter() - begin))
-    if len(times) < 2:  # a data set of hardly any image
-        times = [1000 * (time.perf_counter() - begin)] * 2
-    return {"median": statistics.median(times), "p95": statistics.quantiles(times, n=20)[-1]}
+        times.append(1000 * (time.perf_counter() - begin))
+    times = times[WARM_UP:] or times[-1:]  # a data set of hardly any image
+    # One value has no quantiles.
+    p95 = statistics.quantiles(times, n=20)[-1] if len(times) > 1 else times[0]
+    return {"median": statistics.median(times), "p95": p95}
 
 
 @torch.no_grad()
 def count_gflops(cfg: CfgNode, model: nn.Module) -> float:
-    """Multiply-adds of one image's convolutions and matrix products, in 10^9, by fvcore.
+    """Operations of one image as fvcore counts them, in 10^9; a multiply-add is one.
 
     Args:
         cfg: whose first image of the first test set is meant.

@@ -17,13 +17,12 @@ from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
 
-from focal_det.analysis import records
 from focal_det.config import add_config
 from focal_det.safe_loading import load_yaml
 
-from .running import SCHEMA
 from .summary import leaves, summarise
 from .tables import Table, load_table
+from .trial_records import read_record
 from .trials import base_config, row_config
 
 NEEDED = frozenset({"name", "data", "num_classes", "config", "tables"})
@@ -90,7 +89,8 @@ def read_sweeps(path: Path) -> dict[str, Sweep]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a key is missing, or unknown; file and key are named.
+        ValueError: a key is missing or unknown, or a row is in none of the tables; file and key or
+            row are named.
     """
     with path.open(encoding="utf-8") as file:
         content = load_yaml(file)
@@ -104,6 +104,12 @@ def read_sweeps(path: Path) -> dict[str, Sweep]:
             )
         tables = {str(name): int(seeds) for name, seeds in entry["tables"].items()}
         rows = tuple(entry.get("rows", ()))
+        known = {row.label for name in tables for row in load_table(name).rows}
+        strange = [label for label in rows if label not in known]
+        if strange:
+            raise ValueError(
+                f"{path}: sweep {entry['name']!r}: none of its tables has a row {strange[0]!r}"
+            )
         sweeps[entry["name"]] = Sweep(**{**entry, "tables": tables, "rows": rows})
     return sweeps
 
@@ -112,10 +118,15 @@ def read_records(folder: Path) -> list[tuple[Setting, dict[str, Any]]]:
     """All records of a folder, each with its setting, in the order of their files' names.
 
     Raises:
-        ValueError: one is of another schema; the file is named.
+        OSError, ValueError: see :func:`focal_det.lab.trial_records.read_record`.
     """
-    found = [records.load_of_schema(path, SCHEMA) for path in sorted(folder.glob("*.json"))]
-    return [(setting(CfgNode.load_cfg(each["config"])), each) for each in found]
+    found = [read_record(path) for path in sorted(folder.glob("*.json"))]
+    # A sweep that is kept has one process a trial.
+    return [
+        (setting(CfgNode.load_cfg(record["config"])), record)
+        for record in found
+        if record["processes"] == 1
+    ]
 
 
 def summarise_sweep(

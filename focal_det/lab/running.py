@@ -29,25 +29,15 @@ from .measuring import (
     peak_memory_mib,
     time_inference,
 )
+from .trial_records import FACTS, SCHEMA
 from .trials import Trial
 
-SCHEMA = 1
 STEPS_WARM_UP = 3
 CHECKPOINTS = 5  # at least, of a training, so that one that is cut short has little to do again
 LOCK, STAMP = ".lock", "annotations.json"
 LOCK_SECONDS = 30.0
 REPORT_SECONDS = 2.0
 MEASURED = "measured.json"
-FACTS = (
-    "seconds",
-    "resumed_from",
-    "images_per_second",
-    "parameters",
-    "gflops",
-    "background_per_foreground",
-    "peak_memory_mib",
-    "inference_ms",
-)
 
 Report = Callable[[int], None]
 
@@ -66,10 +56,10 @@ def run_trial(
 
     Returns:
         A record: what was run (``table``, ``label``, ``overrides``, ``seed``, ``iterations``,
-        ``key``), ``data`` and ``annotations`` (a hash by data set), ``metrics`` in percent,
-        ``curves``, ``seconds``, ``resumed_from``, ``images_per_second`` of the median step,
-        ``parameters``, ``gflops`` of an image (multiply-adds), ``background_per_foreground``
-        (anchors), ``peak_memory_mib`` of training (the main process), ``inference_ms`` (median and
+        ``processes``, ``key``), ``data`` and ``annotations`` (a hash by data set), ``metrics`` in
+        percent, ``curves``, ``seconds``, ``resumed_from``, ``images_per_second`` of the median
+        step, ``parameters``, ``gflops`` of an image, ``background_per_foreground`` (anchors),
+        ``peak_memory_mib`` until the last step (the main process), ``inference_ms`` (median and
         95th percentile, one image), ``environment``, and ``error``, why training was given up, or
         None. What could not be measured is None.
 
@@ -142,6 +132,7 @@ def _run_alone(trial: Trial, folder: Path, num_gpus: int, report: Report | None)
         "overrides": trial.overrides,
         "seed": trial.seed,
         "iterations": trial.iterations,
+        "processes": trial.processes,
         "data": [list(cfg.DATASETS.TRAIN), list(cfg.DATASETS.TEST)],
         "annotations": fingerprints(names),
         **(records.average_precision([]) if error else _score(cfg, rows, folder)),

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
-from scipy.stats import kendalltau
 
 from focal_det.analysis.records import METRICS
 from focal_det.losses.registry import get_key
@@ -42,7 +41,7 @@ SHARED = (
     "TEST.DETECTIONS_PER_IMAGE",
 )  # fmt: skip
 OURS = "focal_det"
-ENVIRONMENT = ("commit", "device", "torch", "torchvision", "detectron2")
+MACHINE = ("device", "cpu", "torch", "torchvision", "detectron2", "processes")
 
 
 def summarise(table: Table, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -86,7 +85,7 @@ def summarise(table: Table, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return {
         "table": table.name,
         "speed": table.speed,
-        "unequal": unequal_settings(every),
+        "unequal": unequal_settings(every, SHARED if table.speed else ()),
         "title": table.title,
         "source": table.source,
         "rows": rows,
@@ -135,11 +134,14 @@ def _value(record: dict[str, Any], name: str) -> float | None:
     return None if value is None else float(value)
 
 
-def unequal_settings(found: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
-    """Settings of :data:`SHARED`, machines, versions and seeds in which records differ.
+def unequal_settings(
+    found: Iterable[dict[str, Any]], shared: Iterable[str] = SHARED
+) -> dict[str, list[str]]:
+    """Settings, machines, versions, annotations and seeds in which records differ.
 
     Args:
         found: records of :func:`focal_det.lab.running.run_trial`.
+        shared: config keys, and nodes, in which they are to agree.
 
     Returns:
         Key to its values, as text; empty where all agree.
@@ -148,10 +150,13 @@ def unequal_settings(found: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
     seeds: dict[str, set[int]] = {}
     for record in found:
         seeds.setdefault(record["label"], set()).add(record["seed"])
-        for name in ENVIRONMENT:
-            seen.setdefault(name, set()).add(str(record["environment"].get(name)))
+        known = {**record["environment"], "processes": record["processes"]}
+        facts = {name: known.get(name) for name in ("commit", *MACHINE)}
+        facts |= {f"annotations of {name}": x for name, x in record["annotations"].items()}
+        for name, value in facts.items():
+            seen.setdefault(name, set()).add(str(value))
         cfg = CfgNode.load_cfg(record["config"])
-        for key in SHARED:
+        for key in shared:
             for name, value in leaves(key, get_key(cfg, key)):
                 seen.setdefault(name, set()).add(str(value))
     seen["seeds"] = {", ".join(map(str, sorted(numbers))) for numbers in seeds.values()}
@@ -210,6 +215,8 @@ def rank_correlation(rows: Iterable[dict[str, Any]]) -> float | None:
     ]
     if len(pairs) < 2:
         return None
+    from scipy.stats import kendalltau  # which nothing but a sweep needs
+
     tau = float(kendalltau(*zip(*pairs, strict=True)).statistic)
     return None if math.isnan(tau) else tau
 

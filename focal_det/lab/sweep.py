@@ -1,16 +1,16 @@
 """Many trials on Ray: on this machine, or on a cluster by its address, unchanged."""
 
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from focal_det.analysis import records
 from focal_det.progress import bar_options
 
-from .running import SCHEMA, run_trial
+from .running import run_trial
+from .trial_records import save_record
 from .trials import Trial
 
 OBJECT_STORE = 128 * 2**20  # bytes; records are small
@@ -38,7 +38,7 @@ def run_sweep(
     output: Path,
     *,
     address: str | None = None,
-    cpus: int = 1,
+    cpus: int | None = 1,
     gpus: int = 0,
 ) -> list[str]:
     """Run trials, as many at a time as fit; each writes ``output/records/<key>.json`` when done.
@@ -48,7 +48,8 @@ def run_sweep(
         output: folder of the sweep.
         address: of a Ray cluster, whose nodes see the folders of this machine under the same
             paths; None starts Ray on this machine.
-        cpus: CPU cores for each trial.
+        cpus: CPU cores for each trial; None for all that Ray has on one machine, so that each trial
+            has a machine to itself.
         gpus: GPUs for each trial, a process on each.
 
     Returns:
@@ -56,42 +57,62 @@ def run_sweep(
 
     Raises:
         ImportError: Ray is not installed.
-        ValueError: the machine, or cluster, has not what one trial asks for.
+        ValueError: no machine has what one trial asks for.
     """
     if not trials:
         return []
     ray = _import_ray()
-    options: dict[str, Any] = {"runtime_env": {"env_vars": worker_environment(cpus)}}
+    options: dict[str, Any] = {}
     if address is None:
         # Not None: Ray would take that for a cluster that happens to run on this machine.
         address = "local"
-        options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
+        options = {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
     # Workers' output is in each trial's log.txt.
     ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
     try:
-        _check_resources(ray.cluster_resources(), cpus, gpus)
-        return _run(ray, trials, output, cpus, gpus)
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return _run(ray, trials, output, choose_cpus(machines, cpus, gpus), gpus)
     finally:
         ray.shutdown()
 
 
 def in_turns(
-    trials: Sequence[Trial], timed: Collection[str], cpus: int | None, gpus: int = 0
-) -> list[tuple[int, list[Trial]]]:
-    """Trials by the cores that each gets; first those that are timed, which share none.
+    trials: Sequence[Trial], timed: Collection[str], cpus: int | None
+) -> list[tuple[int | None, list[Trial]]]:
+    """Trials by what :func:`run_sweep` takes for ``cpus``; first those that are timed.
 
     Args:
         trials: what is to be run.
         timed: keys of those whose times are shown beside each other's.
-        cpus: for each trial, whatever it is; None for all cores of this machine for each that is
-            timed, and one for the others.
-        gpus: for each trial; a GPU is shared with nobody.
+        cpus: for each trial, whatever it is; None for a machine for each that is timed, and one
+            core for the others.
     """
-    if cpus is not None or gpus:
-        return [(cpus or 1, list(trials))]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if cpus is not None:
+        return [(cpus, list(trials))]
     alone = [trial for trial in trials if trial.key in timed]
-    return [(cores or 1, alone), (1, [trial for trial in trials if trial.key not in timed])]
+    return [(None, alone), (1, [trial for trial in trials if trial.key not in timed])]
+
+
+def choose_cpus(machines: Iterable[Mapping[str, float]], cpus: int | None, gpus: int) -> int:
+    """How many cores a trial gets.
+
+    Args:
+        machines: the resources that Ray has on each.
+        cpus, gpus: as of :func:`run_sweep`.
+
+    Raises:
+        ValueError: no machine has as much.
+    """
+    have = [(int(each.get("CPU", 0)), int(each.get("GPU", 0))) for each in machines]
+    fit = [cores for cores, cards in have if cores >= (cpus or 1) and cards >= gpus]
+    if not fit:
+        asked = f"--cpus {cpus or 1} --gpus {gpus}"
+        there = "; ".join(f"{cores} CPU and {cards} GPU" for cores, cards in sorted(set(have)))
+        raise ValueError(
+            f"{asked} a trial, but no machine has both, so that none could ever start. Ray has "
+            f"machines of {there or 'nothing'}"
+        )
+    return cpus or max(fit)
 
 
 def worker_environment(cpus: int) -> dict[str, str]:
@@ -127,7 +148,10 @@ def _absolute(path: str) -> str:
 def _run(ray: Any, trials: Sequence[Trial], output: Path, cpus: int, gpus: int) -> list[str]:
     board = ray.remote(num_cpus=0, max_restarts=-1)(Board).remote()
     # A fresh process for each: nothing of one trial is left for the next.
-    work = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=RETRIES)(_work)
+    environment = {"env_vars": worker_environment(cpus)}
+    work = ray.remote(
+        num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=RETRIES, runtime_env=environment
+    )(_work)
     running = {
         work.remote(trial, str(output / "trials" / trial.key), gpus, board): trial
         for trial in trials
@@ -180,37 +204,3 @@ def _import_ray() -> Any:
             f"sweeps run on Ray, which cannot be imported ({error}): pip install 'ray>=2.9'"
         ) from error
     return ray
-
-
-def _check_resources(there: dict[str, float], cpus: int, gpus: int) -> None:
-    for name, flag, wanted in (("CPU", "--cpus", cpus), ("GPU", "--gpus", gpus)):
-        if wanted > there.get(name, 0):
-            raise ValueError(
-                f"{flag} {wanted} a trial, but Ray has {there.get(name, 0):g} {name} in all: "
-                "no trial could ever start"
-            )
-
-
-def save_record(record: dict[str, Any], output: Path) -> None:
-    """Write a record below the folder of its sweep."""
-    folder = output / "records"
-    folder.mkdir(parents=True, exist_ok=True)
-    records.save(record, folder / f"{record['key']}.json")
-
-
-def load_records(output: Path, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """The records that there are of some trials, by key.
-
-    Args:
-        output: folder of the sweep.
-        keys: of trials.
-
-    Raises:
-        ValueError: one is of another schema; the file is named.
-    """
-    found = {}
-    for key in keys:
-        path = output / "records" / f"{key}.json"
-        if path.is_file():
-            found[key] = records.load_of_schema(path, SCHEMA)
-    return found

@@ -102,6 +102,7 @@ def make_trials(
     for row, first in zip(table.rows, _first_trials(table, base), strict=True):
         try:
             check_training(first)
+            _check_trial(first)
             _try_to_build(first)
         except (AssertionError, KeyError, ValueError) as error:
             raise type(error)(f"table {table.name}, row {row.label!r}: {error}") from error
@@ -172,7 +173,7 @@ def base_config(
     base.merge_from_list(list(options))
     if os.path.isfile(base.MODEL.WEIGHTS):  # for trials that run elsewhere
         base.MODEL.WEIGHTS = os.path.abspath(base.MODEL.WEIGHTS)
-    if budget is not None:
+    if budget is not None and base.SOLVER.MAX_ITER > 0:  # else there is nothing to scale
         scale_schedule(base, budget)
     return base
 
@@ -193,6 +194,30 @@ def row_config(base: CfgNode, row: Row, seed: int) -> CfgNode:
     cfg.SEED = seed
     cfg.OUTPUT_DIR = ""
     return cfg
+
+
+def _check_trial(cfg: CfgNode) -> None:
+    """Find what would stop a trial at its end, or in a worker.
+
+    Raises:
+        ValueError: key, value and what is allowed are named.
+    """
+    if len(cfg.DATASETS.TEST) != 1:
+        raise ValueError(
+            f"DATASETS.TEST must name one data set, got {tuple(cfg.DATASETS.TEST)}: "
+            "a trial has one AP"
+        )
+    if cfg.SOLVER.MAX_ITER < 1:
+        raise ValueError(f"SOLVER.MAX_ITER must be 1 or more, got {cfg.SOLVER.MAX_ITER}")
+    weights = cfg.MODEL.WEIGHTS
+    if weights and "://" not in weights and not os.path.isfile(weights):
+        raise ValueError(f"MODEL.WEIGHTS: there is no file {weights!r}")
+    try:
+        kind = torch.device(cfg.MODEL.DEVICE).type
+    except RuntimeError:
+        kind = cfg.MODEL.DEVICE
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"MODEL.DEVICE must be cpu or cuda, got {cfg.MODEL.DEVICE!r}")
 
 
 def _try_to_build(cfg: CfgNode) -> None:

@@ -6,6 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from written_records import make_trial
+
+from focal_det.lab.trial_records import read_record, save_record
 
 TABLE = """
 title: Two rates
@@ -92,16 +95,64 @@ def test_a_script_for_one_table_has_help_of_its_own(root):
         (("--table", "3", "--data", "no"), "--data no: 'no_train' is not registered"),
         (("--table", "3", "--data", "digits_clutter", "--seeds", "0"), "--seeds must be 1 or more"),
         (("--table", "3", "--data", "digits_clutter", "--config", "x"), "--config must name a YA"),
+        (("--table", "3", "--data", "digits_clutter", "--config", "list.yaml"), "list.yaml: a con"),
         (
             ("--table", "3", "--data", "digits_clutter", "SOLVER.LR", "1"),
             "Non-existent key: SOLVER.LR",
         ),
     ],
 )
-def test_a_command_line_that_cannot_be_carried_out_ends_with_2(ablate, words, says):
+def test_a_command_line_that_cannot_be_carried_out_ends_with_2(ablate, tmp_path, words, says):
+    (tmp_path / "list.yaml").write_text("[1, 2]")
     assert says in ablate(*words, status=2)
 
 
 def test_more_than_there_is_cannot_be_asked_for(ablate, few):
     words = ("--table", "3", "--data", few, "--budget", 1, "--cpus", 1000)
-    assert "--cpus 1000 a trial, but Ray has" in ablate(*words, status=2)
+    assert "--cpus 1000 --gpus 0 a trial, but no machine has both" in ablate(*words, status=2)
+
+
+def test_records_of_other_annotations_are_in_no_table(tool, few, tmp_path, capsys):
+    words = ["--table", "3", "--data", few, "--output", str(tmp_path / "out"), "--report-only"]
+    args = tool.parse(words)
+    now = tool.fingerprints([f"{few}_train", f"{few}_val"])
+    for number, trial in enumerate(args.trials["3"]):
+        stale = {**now, f"{few}_train": "0"} if number == 0 else now
+        made = make_trial(trial.label, ap=10.0 + number, table="3")
+        made |= {"key": trial.key, "annotations": stale, "data": [[f"{few}_train"], [f"{few}_val"]]}
+        save_record(made, tmp_path / "out")
+    assert tool.main(words) == 0
+    assert "1 records are of other annotations" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "out" / "3.json").read_text())["rows"]
+    assert [row["metrics"]["AP"]["values"] for row in rows] == [[], [11.0], [12.0], [13.0]]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "Expecting value"),
+        (b"\xff", "can't decode"),
+        ('{"schema": 2}', "schema 2, known is 1"),
+        ('{"schema": 1}', "key is missing or of another kind"),
+        ({"metrics": [1.0]}, "metrics is missing or of another kind"),
+        ({"seed": True}, "seed is missing or of another kind"),
+    ],
+)
+def test_a_record_that_cannot_be_read_is_named(tmp_path, content, says):
+    path = tmp_path / "one.json"
+    if isinstance(content, dict):
+        content = json.dumps({**make_trial(), **content})
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"one.json: .*{says}"):
+        read_record(path)
+
+
+def test_an_older_record_lacks_nothing(tmp_path):
+    made = make_trial()
+    for name in ("processes", "annotations", "gflops", "inference_ms"):
+        made.pop(name, None)
+    del made["metrics"]["APs"]
+    (tmp_path / "one.json").write_text(json.dumps(made))
+    record = read_record(tmp_path / "one.json")
+    assert (record["processes"], record["annotations"]) == (1, {})
+    assert (record["gflops"], record["inference_ms"], record["metrics"]["APs"]) == (None,) * 3

@@ -45,7 +45,9 @@ def test_points_rise_and_what_was_not_run_is_left_out(traced):
         ["CE", "FL"],
         ["CE", "FL", "OHEM"],
     ]
-    assert traced["losses"] == {"CE": "CELoss", "FL": "FLLoss", "OHEM": "OHEMLoss"}
+    name = "MODEL.FOCAL_DET.LOSS.NAME"
+    expected = {label: {name: f"{label}Loss"} for label in ("CE", "FL", "OHEM")}
+    assert traced["settings"] == expected
 
 
 def test_shares_are_of_the_best_at_each_point(traced):
@@ -72,9 +74,17 @@ def test_who_cannot_be_told_from_the_best_is_named_with_it(traced):
     assert imbalance.advise(50.0, traced)["first"] == ["CE"]
 
 
-def test_one_seed_tells_nobody_apart():
-    traced = imbalance.trace([summary(50.0, CE=[30.0], FL=[10.0])])
-    assert imbalance.advise(50.0, traced)["first"] is None
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {"CE": [30.0], "FL": [10.0]},
+        {"CE": [9.0], "FL": [30.0, 31.0, 32.0]},
+        {"CE": [30.0, 31.0], "FL": [9.0]},
+        {"CE": [0.0, 0.0], "FL": [0.0, 0.0]},
+    ],
+)
+def test_one_seed_tells_nobody_apart_and_neither_does_no_ap(rows):
+    assert imbalance.advise(50.0, imbalance.trace([summary(50.0, **rows)]))["first"] is None
 
 
 @pytest.mark.parametrize(("ratio", "says"), [(0.0, "above 0"), (5.0, "nothing|no ratio")])
@@ -121,11 +131,35 @@ def test_the_command_says_how_rare_foreground_is(
 def test_the_description_says_what_is_a_hint_only(analyze, traced):
     said = analyze.describe(5e4, traced)
     assert "lies outside of what was measured" in said
-    assert "Try first: FL (MODEL.FOCAL_DET.LOSS.NAME FLLoss)." in said
+    assert "Try first: FL.\n  MODEL.FOCAL_DET.LOSS.NAME FLLoss\n" in said
     assert "do not tell apart from it: OHEM." in said
     assert "AP  10.0  (by seed: 9.0, 11.0)" in said
     alone = imbalance.trace([summary(50.0, CE=[30.0], FL=[10.0])])
-    assert "One seed: CE is ahead, perhaps by chance." in analyze.describe(50.0, alone)
+    assert "too little to say which to try first" in analyze.describe(50.0, alone)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"points": []}', '{"points": [{}]}'])
+def test_measurements_that_cannot_be_read_are_named(
+    analyze, few, tmp_path, monkeypatch, capsys, content
+):
+    measured = tmp_path / "measured.json"
+    measured.write_text(content)
+    monkeypatch.setattr(analyze, "MEASURED", measured)
+    config = str(analyze.ROOT / "configs" / "demo" / "focal_retinanet_digits.yaml")
+    assert analyze.main(["imbalance", "--data", few, "--config-file", config]) == 2
+    assert f"{measured} cannot be read: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("annotations", "says"), [("{", "few_train: Expecting property name"), (None, "train.json")]
+)
+def test_annotations_that_cannot_be_read_end_with_2(
+    analyze, few, tmp_path, capsys, annotations, says
+):
+    path = tmp_path / "few" / "train.json"
+    path.write_text(annotations) if annotations else path.unlink()
+    assert analyze.main(["imbalance", "--data", few]) == 2
+    assert says in capsys.readouterr().err
 
 
 def test_an_unknown_set_ends_with_2(analyze, capsys):

@@ -87,6 +87,15 @@ def test_images_without_objects_alone_have_no_foreground_curve():
         cdf.curves()
 
 
+@pytest.mark.parametrize("logit", [float("nan"), 1e4])
+def test_losses_that_have_no_shares_are_named(logit):
+    """Not a number, or all 0."""
+    cdf = LossCDF()
+    cdf.add(torch.tensor([[logit, -logit]]), torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"the foreground losses of gamma 0 sum up to (nan|0\.0)"):
+        cdf.curves()
+
+
 @pytest.fixture
 def analyze(load_tool):
     """The script as a module."""
@@ -129,7 +138,7 @@ def test_the_command_counts_all_terms_of_all_images(analyze, words, few, tmp_pat
     assert 0.95 * 161_280 < sum(made["counts"].values()) <= 161_280
     assert (made["images"], made["data"], made["loss"]) == (4, [f"{few}_val"], "FocalLoss")
     assert f"{made['counts']['foreground']:,} foreground" in capsys.readouterr().out
-    for images, status in ((3, 0), (1, 1)):  # the first one holds no digit
+    for images, status in ((3, 0), (1, 2)):  # the first one holds no digit
         assert analyze.main([*words[:1], "--images", str(images), *words[1:]]) == status
         assert json.loads((tmp_path / "cdf.json").read_text())["images"] == 3
     assert "few_val: the images hold no foreground example" in capsys.readouterr().err
@@ -147,3 +156,9 @@ def test_what_cannot_be_looked_at_ends_with_2(analyze, words, old, new, says, ca
         analyze.main([word.replace(old, new) for word in words])
     assert stop.value.code == 2
     assert re.search(says, capsys.readouterr().err)
+
+
+def test_weights_that_are_none_end_with_2(analyze, words, tmp_path, capsys):
+    (tmp_path / "model.pth").write_bytes(b"nothing")
+    assert analyze.main(words) == 2
+    assert "model.pth" in capsys.readouterr().err

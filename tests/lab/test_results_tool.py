@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from written_records import make_trial
 
-from focal_det.lab.running import SCHEMA
+from focal_det.lab.trial_records import SCHEMA
 
 SWEEPS = """
 - name: here
@@ -40,7 +41,7 @@ def ran(tool, monkeypatch):
     def run_sweep(trials, output, cpus):
         seen.append([(trial.label, trial.seed, trial.iterations) for trial in trials])
         for trial in trials[:1]:
-            record = {"schema": SCHEMA, "config": trial.config, "key": trial.key}
+            record = {**make_trial(), "schema": SCHEMA, "config": trial.config, "key": trial.key}
             (output / "records").mkdir(parents=True, exist_ok=True)
             (output / "records" / f"{trial.key}.json").write_text(json.dumps(record))
         return ["the second one: no memory"] if len(trials) > 1 else []
@@ -62,7 +63,11 @@ def test_what_is_missing_is_run_first_seeds_first_and_kept(tool, ran, few, tmp_p
     assert "elsewhere: left out, nowhere is not in FOCAL_DET_DATASETS" in said
     assert "4 trials: 4 are to be run" in said
     assert ran == []
+    assert not (tmp_path / "kept" / "records").exists()
 
+    # What somebody else's sweep left there is nothing to be kept.
+    (tmp_path / "out" / "records").mkdir(parents=True)
+    (tmp_path / "out" / "records" / "other.json").write_text(json.dumps(make_trial()))
     assert tool.main(words) == 1
     assert "failed: the second one: no memory" in capsys.readouterr().err
     assert ran == [[(label, seed, 4) for seed in (1, 2) for label in ("OHEM", "focal loss")]]
@@ -83,6 +88,7 @@ def test_what_is_missing_is_run_first_seeds_first_and_kept(tool, ran, few, tmp_p
     [
         (["her"], "sweep must be one of here; elsewhere, got 'her'"),
         (["elsewhere"], "'nowhere_train' is not registered"),
+        (["here", "--cpus", "0"], "--cpus must be 1 or more, got 0"),
     ],
 )
 def test_what_cannot_be_run_ends_with_2(tool, ran, few, words, says, capsys):
@@ -90,4 +96,12 @@ def test_what_cannot_be_run_ends_with_2(tool, ran, few, words, says, capsys):
         tool.main(words)
     assert stop.value.code == 2
     assert says in capsys.readouterr().err
+    assert ran == []
+
+
+def test_a_kept_record_that_cannot_be_read_ends_with_2(tool, ran, few, tmp_path, capsys):
+    (tmp_path / "kept" / "records").mkdir()
+    (tmp_path / "kept" / "records" / "cut.json").write_text('{"schema')
+    assert tool.main(["here"]) == 2
+    assert "cut.json: " in capsys.readouterr().err
     assert ran == []

@@ -3,6 +3,7 @@
 import json
 import math
 
+import matplotlib as mpl
 import pytest
 
 from focal_det.analysis.records import METRICS
@@ -42,6 +43,8 @@ def record(label, seed, ap, error=None):
         "background_per_foreground": 50.0 * seed,
         "config": "SOLVER: {BASE_LR: 0.1}\n",
         "environment": {"commit": "abc", "device": "CPU"},
+        "annotations": {"x_train": "11", "x_val": "22"},
+        "processes": 1,
     }
 
 
@@ -119,6 +122,10 @@ def test_the_winner_is_ahead_by_more_than_the_seeds_differ(values):
             {"a": [10.0, 12.0], "b": [11.5, 15.5]},
             "its lowest seed (11.5) is not above the highest of a",
         ),
+        (
+            {"a": [10.0, 12.0], "b": [12.0, 15.5]},
+            "its lowest seed (12.0) is not above the highest of a",
+        ),
         ({"a": [10.0], "b": [15.0]}, "one seed says nothing of the spread (b is highest)"),
         ({"a": [10.0], "b": [15.0, 16.0]}, "fewer seeds than of b of a"),
         ({"a": [10.0, 11.0], "b": [15.0, 16.0], "c": []}, "no result of c"),
@@ -153,7 +160,7 @@ def test_markdown_has_the_papers_column_and_marks_the_winner():
     assert lines[0] == "### A table"
     cells = [cell.strip() for cell in next(x for x in lines if "**b**" in x).split("|")]
     assert cells[1:] == ["**b**", "13.5 ± 2.8", "", "", "2", "1", "31.0", "50.0", "", "1", ""]
-    assert "Kendall's tau with the paper's order: 1.00." in text
+    assert "Kendall's tau with the paper's order of 2 rows: 1.00." in text
     assert "10 iterations on x_train / x_val, commit abc, CPU." in text
     assert "ms an image" not in text
     json.dumps(made(a=[1.0]), allow_nan=False)
@@ -180,11 +187,31 @@ def test_a_table_of_speed_shows_it_and_what_differs(root):
     cfg.SOLVER.BASE_LR = 0.3
     other = {**record("other", 1, 5.0), "config": cfg.dump()}
     other["environment"] = {"commit": "abc", "device": "a GPU"}
+    other |= {"annotations": {"x_train": "33"}, "processes": 2}
     text = markdown.render(summary.summarise(table, [*found[:2], other]))
     assert (
-        "**The rows do not agree in all settings.** device: CPU or a GPU; "
-        "SOLVER.BASE_LR: 0.2 or 0.3; seeds: 1 or 1, 3."
+        "**The rows do not agree in all settings.** device: CPU or a GPU; processes: 1 or 2; "
+        "annotations of x_train: 11 or 33; SOLVER.BASE_LR: 0.2 or 0.3; seeds: 1 or 1, 3."
     ) in text
+
+
+def test_times_of_machines_that_differ_are_not_compared_silently():
+    """Rows of a table with times may differ in their settings, but not in where they ran."""
+    rows = (Row("small", {}, {"AP": 1.0, "milliseconds": 5.0}), Row("large", {}))
+    table = Table("t", "Sizes", "", rows)
+    found = [record("small", 1, 10.0), record("large", 1, 12.0)]
+    found[1]["config"] = "SOLVER: {BASE_LR: 0.2}\n"
+    assert "alike" not in markdown.render(summary.summarise(table, found))
+    found[1]["environment"] = {"commit": "def", "device": "CPU", "cpu": "a faster one"}
+    said = markdown.render(summary.summarise(table, found))
+    assert "**The times were not measured alike.** cpu: None or a faster one." in said
+
+
+def test_a_users_own_words_stay_words():
+    table = Table("t", "a <b> *c*\nd", "", (Row("x", {}),))
+    assert markdown.render(summary.summarise(table, [record("x", 1, 1.0)])).startswith(
+        "### a &lt;b> \\*c\\* d\n\n|  | AP |"
+    )
 
 
 def test_a_bar_in_a_label_is_no_new_cell():
@@ -196,6 +223,14 @@ def test_a_bar_in_a_label_is_no_new_cell():
 
 def test_records_of_other_rows_are_left_out():
     assert summary.summarise(TABLE, [record("other", 1, 99.0)])["commits"] == []
+
+
+def test_what_is_drawn_does_not_hang_on_the_users_settings_or_on_what_was_drawn_before():
+    found = made(a=[10.0, 11.0], b=[11.5, 15.5], d=[3.0])
+    expected = {kind: charts.render(charts.draw_table(found), kind, "t") for kind in ("svg", "png")}
+    with mpl.rc_context({"axes.facecolor": "black", "font.size": 30, "lines.linewidth": 9}):
+        figure = charts.draw_table(found)
+        assert {kind: charts.render(figure, kind, "t") for kind in ("png", "svg")} == expected
 
 
 def test_the_picture_is_the_same_for_the_same_data(tmp_path):

@@ -2,12 +2,14 @@
 
 import fcntl
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from focal_det.analysis.records import cpu_name
 from focal_det.data import DigitsClutterSpec, generate, register_from_env
 from focal_det.lab import running
 from focal_det.lab import trials as trials_module
@@ -67,6 +69,21 @@ def test_the_number_of_classes_is_that_of_the_data(trials):
         (Row("r", {"MODEL.FOCAL_DET.LOSS.NAME": "Focal"}), ValueError, "'Focal', which is not one"),
         (Row("r", {"MODEL.RETINANET.FOCAL_LOSS_GAMMA": -1.0}), ValueError, "gamma must be >= 0"),
         (Row("r", {"MODEL.RETINANET.NUM_CLASSES": 3}), ValueError, "It must be 10"),
+        (
+            Row("r", {"DATASETS.TEST": []}),
+            ValueError,
+            "DATASETS.TEST must name one data set, got ()",
+        ),
+        (
+            Row("r", {"DATASETS.TEST": ["few_val", "few_train"]}),
+            ValueError,
+            "DATASETS.TEST must name one data set, got ('few_val', 'few_train')",
+        ),
+        (Row("r", {"SOLVER.BASE_LR": None}), ValueError, "SOLVER.BASE_LR must have a value"),
+        (Row("r", {"SOLVER.MAX_ITER": 0}), ValueError, "SOLVER.MAX_ITER must be 1 or more, got 0"),
+        (Row("r", {"MODEL.DEVICE": "tpu"}), ValueError, "must be cpu or cuda, got 'tpu'"),
+        (Row("r", {"MODEL.DEVICE": "meta"}), ValueError, "must be cpu or cuda, got 'meta'"),
+        (Row("r", {"MODEL.WEIGHTS": "no.pth"}), ValueError, "there is no file 'no.pth'"),
         (Row("r", {}, deeper=3), ValueError, "MODEL.RESNETS.DEPTH must be one of 18, 34, got 101"),
     ],
 )
@@ -75,6 +92,11 @@ def test_what_is_wrong_with_a_row_is_found_before_any_runs(trials, row, error, s
         trials(Row("good", {}), row)
     assert says in str(raised.value)
     assert "table t, row 'r': " in str(raised.value)
+
+
+def test_a_schedule_of_nothing_cannot_be_scaled(trials):
+    with pytest.raises(ValueError, match=r"SOLVER\.MAX_ITER must be 1 or more, got 0"):
+        trials(budget=5, options=("SOLVER.MAX_ITER", 0))
 
 
 def test_data_that_is_not_there_is_named_with_what_is(root):
@@ -132,6 +154,7 @@ def test_a_record_says_what_was_run_and_what_came(trials, tmp_path):
     assert 20 < record["background_per_foreground"] < 4032
     assert record["environment"]["device"].startswith("CPU")
     assert record["config"] == trial.config
+    assert (record["processes"], record["environment"]["cpu"]) == (1, cpu_name())
     # The same again in its folder: it goes on from its last checkpoint, which is the end.
     again = run_trial(trial, tmp_path / "a")
     assert again["resumed_from"] == 2
@@ -167,9 +190,12 @@ def test_a_training_that_detects_nothing_has_an_ap_of_0(trials, tmp_path):
 
 
 def test_an_evaluation_without_ap_is_no_result(trials, tmp_path):
-    (trial,) = trials(options=(*FAST, "DATASETS.TEST", ()))
+    (trial,) = trials()
+    names = "TEST:\n  - few_val"
+    assert names in trial.config
+    without = replace(trial, config=trial.config.replace(names, "TEST: []"))
     with pytest.raises(ValueError, match=r"DATASETS.TEST \(\) gave no bbox/AP"):
-        run_trial(trial, tmp_path / "a")
+        run_trial(without, tmp_path / "a")
 
 
 def test_a_cut_training_keeps_one_checkpoint_and_a_whole_one_its_end(trials, tmp_path):

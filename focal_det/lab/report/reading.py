@@ -10,24 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from focal_det.analysis import records
-from focal_det.lab.running import FACTS, SCHEMA
 from focal_det.lab.summary import MEASURES
+from focal_det.lab.trial_records import read_record
 from focal_det.safe_loading import load_yaml
 
-TRIAL_PARTS: dict[str, type | tuple[type, ...]] = {
-    "key": str,
-    "table": str,
-    "label": str,
-    "overrides": Mapping,
-    "seed": int,
-    "iterations": int,
-    "data": list,
-    "metrics": Mapping,
-    "curves": Mapping,
-    "environment": Mapping,
-    "error": (str, type(None)),
-    "config": str,
-}
 MEASURED = ("images_per_second", "parameters", "gflops", "peak_memory_mib")
 SUMMARY_PARTS = frozenset(
     {
@@ -48,25 +34,24 @@ def read_trial(path: Path) -> dict[str, Any]:
         path: of the file.
 
     Returns:
-        The record, and ``settings``: its config by dotted keys.
+        The record, and ``settings``: its config by dotted keys, and ``processes``.
 
     Raises:
         OSError, ValueError: the file cannot be read, or is no such record; a part is named.
     """
-    record = records.load_of_schema(path, SCHEMA)
-    for name, kind in TRIAL_PARTS.items():
-        if not isinstance(record.get(name), kind) or isinstance(record[name], bool):
-            raise ValueError(f"{name} is missing or of another kind")
+    record = read_record(path)
     clock, machine = record.get("inference_ms") or {}, record["environment"]
     return {
-        **dict.fromkeys(FACTS),
         **record,
         **{name: records.finite(record.get(name)) for name in MEASURED},
         "inference_ms": {name: records.finite(clock.get(name)) for name in ("median", "p95")},
         "metrics": {name: records.finite(record["metrics"].get(name)) for name in records.METRICS},
         "curves": _curves(record["curves"]),
         "environment": {"commit": None, **machine, "device": str(machine.get("device", "unknown"))},
-        "settings": flatten(_mapping(load_yaml(io.StringIO(record["config"])))),
+        "settings": {
+            "processes": str(record["processes"]),
+            **flatten(_mapping(load_yaml(io.StringIO(record["config"])))),
+        },
     }
 
 

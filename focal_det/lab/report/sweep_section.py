@@ -10,7 +10,7 @@ from focal_det.analysis.page import Place
 from focal_det.analysis.records import METRICS
 from focal_det.lab import charts
 from focal_det.lab.figures import speed_picture
-from focal_det.lab.markdown import SPEED, equality
+from focal_det.lab.markdown import SPEED, equality, unlike
 from focal_det.lab.summary import RANKED, name_data
 
 from .finding import Found
@@ -152,8 +152,9 @@ def _speed(summary: dict[str, Any], place: Place) -> str:
         lines.append(page.row(escape(row["label"]), cells, text=differs))
     text = "What differs" if summary["speed"] else ""
     body = place.table("Time, memory and size, medians over seeds", head, lines, text=text)
-    if summary["speed"]:
-        body += f"\n<p>{escape(equality(summary['unequal']))}</p>"
+    agree = equality if summary["speed"] else unlike
+    said = agree(summary["unequal"])
+    body += f"\n<p>{escape(said)}</p>" if said else ""
     return place.section("Speed", body + _speed_picture(summary, place))
 
 

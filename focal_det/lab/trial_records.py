@@ -1,0 +1,75 @@
+"""The record of a trial: one JSON file, of a form that everything that reads it can rely on."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from focal_det.analysis import records
+
+SCHEMA = 1
+# What is measured besides the metrics; None where it could not be.
+FACTS = (
+    "seconds",
+    "resumed_from",
+    "images_per_second",
+    "parameters",
+    "gflops",
+    "background_per_foreground",
+    "peak_memory_mib",
+    "inference_ms",
+)
+PARTS: dict[str, type | tuple[type, ...]] = {
+    "key": str,
+    "table": str,
+    "label": str,
+    "overrides": Mapping,
+    "seed": int,
+    "iterations": int,
+    "data": list,
+    "metrics": Mapping,
+    "curves": Mapping,
+    "environment": Mapping,
+    "error": (str, type(None)),
+    "config": str,
+}
+# What records of earlier versions lack.
+SINCE: dict[str, Any] = {**dict.fromkeys(FACTS), "annotations": {}, "processes": 1}
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A record of :func:`focal_det.lab.running.run_trial`.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no such record; file and part are named.
+    """
+    record = records.load_of_schema(path, SCHEMA)
+    for name, kind in PARTS.items():
+        if not isinstance(record.get(name), kind) or isinstance(record[name], bool):
+            raise ValueError(f"{path}: {name} is missing or of another kind")
+    metrics = {**dict.fromkeys(records.METRICS), **record["metrics"]}
+    return {**SINCE, **record, "metrics": metrics}
+
+
+def save_record(record: dict[str, Any], output: Path) -> None:
+    """Write a record below the folder of its sweep."""
+    folder = output / "records"
+    folder.mkdir(parents=True, exist_ok=True)
+    records.save(record, folder / f"{record['key']}.json")
+
+
+def load_records(output: Path, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The records that there are of some trials, by key.
+
+    Args:
+        output: folder of the sweep.
+        keys: of trials.
+
+    Raises:
+        OSError, ValueError: see :func:`read_record`.
+    """
+    paths = {key: output / "records" / f"{key}.json" for key in keys}
+    return {key: read_record(path) for key, path in paths.items() if path.is_file()}
