@@ -164,13 +164,13 @@ def unequal_settings(
 
 
 def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The values below a key, by dotted keys.
+    """The values below a key, by dotted keys; a node without any is a value itself.
 
     Args:
         key: of `value`; empty for a whole config.
         value: a config, or one value.
     """
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and value:
         for name, part in value.items():
             yield from leaves(f"{key}.{name}" if key else name, part)
     else:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from focal_det.analysis import records
-from focal_det.lab.summary import MEASURES
+from focal_det.lab.summary import MEASURES, leaves
 from focal_det.lab.trial_records import read_record
 from focal_det.safe_loading import load_yaml
 
@@ -50,7 +50,7 @@ def read_trial(path: Path) -> dict[str, Any]:
         "environment": {"commit": None, **machine, "device": str(machine.get("device", "unknown"))},
         "settings": {
             "processes": str(record["processes"]),
-            **flatten(_mapping(load_yaml(io.StringIO(record["config"])))),
+            **_settings(load_yaml(io.StringIO(record["config"]))),
         },
     }
 
@@ -88,7 +88,7 @@ def read_settings(path: Path) -> dict[str, str]:
         OSError, ValueError, yaml.YAMLError: the file cannot be read, or holds no config.
     """
     with path.open(encoding="utf-8") as file:
-        return flatten(_mapping(load_yaml(file)))
+        return _settings(load_yaml(file))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -120,20 +120,9 @@ def _is_outrun(old: dict[str, Any], new: dict[str, Any]) -> bool:
     return len(old.keys() & new.keys()) > 1
 
 
-def flatten(config: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
-    """A nested config as dotted keys and values as text.
-
-    Args:
-        config: mappings of mappings.
-        prefix: of the keys.
-    """
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = str(value)
-    return flat
+def _settings(content: Any) -> dict[str, str]:
+    """A config as dotted keys and values as text."""
+    return {key: str(value) for key, value in leaves("", _mapping(content))}
 
 
 def _mapping(content: Any) -> Mapping[Any, Any]:
