@@ -38,7 +38,11 @@ def leave_process_group() -> None:
     with them running. Can go once Detectron2's ``launch`` leaves it.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from detectron2.utils import comm
+
         torch.distributed.destroy_process_group()
+        # Detectron2 holds on to the group of this machine, whose threads run as long as it does.
+        comm._LOCAL_PROCESS_GROUP = None
 
 
 def check_before_building(check: Callable[[Any, type], None]) -> None:

@@ -28,7 +28,6 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", ".*torch.jit.script.*")
     import focal_det
 
-import yaml
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 from tabulate import tabulate
@@ -233,7 +232,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--config-file must name a YAML file, got {args.config_file!r}")
     try:
         cfg.merge_from_file(args.config_file)
-    except (AttributeError, RecursionError, TypeError, yaml.YAMLError) as error:
+    except (AttributeError, RecursionError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise ValueError(f"--config-file {args.config_file!r} is no config: {problem}") from error
     cfg.merge_from_list(args.opts)

@@ -519,7 +519,7 @@ def test_the_config_of_a_trial_can_be_trained_by_the_script(root, few, tmp_path)
         data=few,
         seeds=1,
         budget=1,
-        options=("SOLVER.IMS_PER_BATCH", 2, "DATASETS.TEST", ()),
+        options=("SOLVER.IMS_PER_BATCH", 2),
     )
     path, out = tmp_path / "config.yaml", tmp_path / "out"
     path.write_text(trial.config)
