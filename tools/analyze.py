@@ -40,6 +40,7 @@ from focal_det.engine.checkpoint import Checkpointer
 from focal_det.lab import imbalance
 from focal_det.lab.loss_cdf import LossCDF
 from focal_det.lab.measuring import count_anchors
+from focal_det.lab.trials import check_weights
 from focal_det.progress import bar_options
 from focal_det.safe_loading import UnsafeFileError
 
@@ -243,8 +244,7 @@ def load_trained(args: argparse.Namespace) -> CfgNode:
         )
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("MODEL.WEIGHTS must name a trained checkpoint, got ''")
-    if "://" not in cfg.MODEL.WEIGHTS and not Path(cfg.MODEL.WEIGHTS).is_file():
-        raise ValueError(f"MODEL.WEIGHTS: there is no file {cfg.MODEL.WEIGHTS!r}")
+    check_weights(cfg)
     missing = [name for name in cfg.DATASETS.TEST if name not in DatasetCatalog]
     if missing or not cfg.DATASETS.TEST:
         raise ValueError(

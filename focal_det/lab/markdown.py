@@ -57,10 +57,10 @@ def render(summary: dict[str, Any]) -> str:
     made += f"commit {_list(summary['commits'])}"
     lines += ["", f"{escape(summary['verdict'])}{order}", ""]
     lines += [f"Mean ± standard deviation over seeds; {made}, {_list(summary['devices'])}."]
-    if summary["speed"]:
-        lines += ["", equality(summary["unequal"], "**")]
-    elif timed and unlike(summary["unequal"]):
-        lines += ["", unlike(summary["unequal"], "**")]
+    said = ""
+    if summary["speed"] or timed:
+        said = (equality if summary["speed"] else unlike)(summary["unequal"], "**")
+    lines += ["", said] if said else []
     return "\n".join(lines) + "\n"
 
 

@@ -85,7 +85,7 @@ def read_sweeps(path: Path) -> dict[str, Sweep]:
     """Sweeps by name.
 
     Args:
-        path: a file as described above; see above.
+        path: a file as described above.
 
     Raises:
         OSError: the file cannot be read.

@@ -136,7 +136,9 @@ def load_table(name: str) -> Table:
             raise ValueError(
                 f"--table must be one of {', '.join(built_in())}, all, or a YAML file, got {name!r}"
             )
-    if path.stem in RESERVED or (path.stem in built_in() and path.parent != FOLDER):
+    if path.stem in RESERVED or (
+        path.stem in built_in() and path.resolve().parent != FOLDER.resolve()
+    ):
         raise ValueError(f"{path}: a table cannot be called {path.stem}, other files are")
     with path.open(encoding="utf-8") as file:
         try:

@@ -209,15 +209,24 @@ def _check_trial(cfg: CfgNode) -> None:
         )
     if cfg.SOLVER.MAX_ITER < 1:
         raise ValueError(f"SOLVER.MAX_ITER must be 1 or more, got {cfg.SOLVER.MAX_ITER}")
-    weights = cfg.MODEL.WEIGHTS
-    if weights and "://" not in weights and not os.path.isfile(weights):
-        raise ValueError(f"MODEL.WEIGHTS: there is no file {weights!r}")
+    check_weights(cfg)
     try:
         kind = torch.device(cfg.MODEL.DEVICE).type
     except RuntimeError:
         kind = cfg.MODEL.DEVICE
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"MODEL.DEVICE must be cpu or cuda, got {cfg.MODEL.DEVICE!r}")
+
+
+def check_weights(cfg: CfgNode) -> None:
+    """See that a checkpoint that a config names as a file is there; none is named by ''.
+
+    Raises:
+        ValueError: it is not.
+    """
+    weights = cfg.MODEL.WEIGHTS
+    if weights and "://" not in weights and not os.path.isfile(weights):
+        raise ValueError(f"MODEL.WEIGHTS: there is no file {weights!r}")
 
 
 def _try_to_build(cfg: CfgNode) -> None:

@@ -65,7 +65,7 @@ def test_a_trial_that_fails_is_named_and_the_others_have_records(root, few, tmp_
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
     assert "failed: bad, seed 1 (" in done.stderr
-    assert "AssertionError" in done.stderr  # of Detectron2's cropping
+    assert "): AssertionError" in done.stderr  # of Detectron2's cropping
     (path,) = (tmp_path / "out" / "records").iterdir()
     assert json.loads(path.read_text())["label"] == "good"
     assert "No winner yet: no result of bad." in done.stdout

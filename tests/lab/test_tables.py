@@ -9,7 +9,7 @@ from detectron2.config import get_cfg
 
 import focal_det
 from focal_det.analysis.records import METRICS
-from focal_det.lab.tables import Row, built_in, load_table
+from focal_det.lab.tables import FOLDER, Row, built_in, load_table
 from focal_det.losses import build_loss
 
 
@@ -149,6 +149,11 @@ def test_a_table_cannot_take_the_name_of_another_tools_file(tmp_path):
     (tmp_path / "1b.yaml").write_text("rows: [{label: a}]")
     with pytest.raises(ValueError, match="a table cannot be called 1b"):
         load_table(str(tmp_path / "1b.yaml"))
+
+
+def test_a_built_in_table_may_be_named_by_its_path(monkeypatch):
+    monkeypatch.chdir(FOLDER.parent)
+    assert load_table("tables/1b.yaml") == load_table("1b")
 
 
 def test_anchors_are_so_many_to_the_octave_from_each_levels_smallest(cfg):
