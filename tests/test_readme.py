@@ -25,16 +25,17 @@ COMMANDS = [line.split("  #")[0].strip() for line in SHELL.splitlines()]
 COMMANDS = [line for line in COMMANDS if line and not line.startswith("#")]
 TRAININGS = [line for line in COMMANDS if "train_net.py" in line]
 REPORTS = [line for line in COMMANDS if "tools/report.py" in line]
+ANALYSES = [line for line in COMMANDS if "tools/analyze.py" in line]
 SWEEPS = [line for line in COMMANDS if re.search(r"tools/(?:ablate|benchmark_detectors)", line)]
 
 
 def test_every_command_is_of_a_kind_that_is_tested():
     known = ("make demo", "make test", "export FOCAL_DET_DATASETS=", "python -m focal_det.data")
-    tested = [*TRAININGS, *SWEEPS, *REPORTS]
+    tested = [*TRAININGS, *SWEEPS, *REPORTS, *ANALYSES]
     others = [line for line in COMMANDS if line not in tested and not line.startswith(known)]
     assert others == []
     assert len(SWEEPS) == 3
-    assert len(REPORTS) == 1
+    assert len(REPORTS) == len(ANALYSES) == 1
     assert len(TRAININGS) >= 8
 
 
@@ -59,13 +60,18 @@ def test_training_command_names_a_config_and_keys_that_exist(command, tmp_path, 
     cfg.merge_from_list([word for word in options if not is_plugin_key(options, word)])
 
 
-@pytest.mark.parametrize("command", SWEEPS)
-def test_a_sweep_is_understood_up_to_its_last_trial(command, tmp_path, monkeypatch):
-    """What a trial does is tested in tests/lab."""
+@pytest.fixture
+def cells(tmp_path, monkeypatch):
+    """The data set of the reader, for processes that are started."""
     folder = tmp_path / "cells"
     generate(DigitsClutterSpec(train_images=1, val_images=1), folder)
     entries = [f"cells_{x}:{folder}/{x}.json:{folder}/images/{x}" for x in ("train", "val")]
     monkeypatch.setenv("FOCAL_DET_DATASETS", ",".join(entries))
+
+
+@pytest.mark.parametrize("command", SWEEPS)
+def test_a_sweep_is_understood_up_to_its_last_trial(command, cells):
+    """What a trial does is tested in tests/lab."""
     words = shlex.split(command)
     assert words.pop(0) == "python"
     done = subprocess.run(
@@ -88,6 +94,17 @@ def test_a_page_is_made_of_what_the_sweeps_write(command, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / words[2] / "summary.html").is_file()
+
+
+@pytest.mark.parametrize("command", ANALYSES)
+def test_data_are_put_beside_what_was_measured(command, cells):
+    words = shlex.split(command)
+    assert words.pop(0) == "python"
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()[:2]
+    assert re.match(r"cells_train: [\d,]+ background anchors to each foreground one ", first)
+    assert re.match(r"Measured nearest to it: [\d,]+ to one \(digits_[\w /]+\), ", second)
 
 
 def is_plugin_key(options, word):
