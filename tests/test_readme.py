@@ -159,5 +159,15 @@ def test_make_targets_exist():
 def test_links_and_paths_lead_somewhere():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
     paths = re.findall(r"`((?:configs|tools|docs)/[\w./-]+)`", README)
-    for path in [*links, *paths]:
-        assert (ROOT / path).exists(), path
+    for link in [*links, *paths]:
+        path, _, part = link.partition("#")
+        assert (ROOT / path).exists(), link
+        assert not part or part in anchors(
+            (ROOT / path if path else ROOT / "README.md").read_text()
+        )
+
+
+def anchors(text):
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}

@@ -24,12 +24,13 @@ def render(summary: dict[str, Any]) -> str:
         summary: of :func:`summarise`.
     """
     rows = summary["rows"]
+    notes = [row for row in rows if row["differs"]] if summary["speed"] else []
     timed = any("milliseconds" in row["paper"] for row in rows)
     compared = any(row["paper"] for row in rows)
     head = ["", *SHOWN, "seeds", "rank"]
     head += [*(f"paper's {name}" for name in SHOWN), "paper's rank"] if compared else []
     head += ["ms an image", "paper's ms"] if timed else []
-    head += [*SPEED, "what differs"] if summary["speed"] else []
+    head += [*SPEED, "what differs, below"] if summary["speed"] else []
     lines = [f"### {escape(summary['title'])}", ""]
     lines += [f"{escape(summary['source'])}.", ""] if summary["source"] else []
     lines += ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|"]
@@ -46,8 +47,13 @@ def render(summary: dict[str, Any]) -> str:
             cells += [_number(row["inference_ms"]), _number(row["paper"].get("milliseconds"))]
         if summary["speed"]:
             cells += [_number(row[name], form, unit) for name, unit, form in SPEED.values()]
-            cells.append(escape(row["differs"]))
+            cells.append(f"{notes.index(row) + 1}" if row in notes else "")
         lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "What could not be made equal:", ""] if notes else []
+    lines += [
+        f"{number}. {escape(row['label'])}: {escape(row['differs'])}."
+        for number, row in enumerate(notes, 1)
+    ]
     tau = summary["kendall_tau"]
     both = sum(row["rank"] is not None and row["paper_rank"] is not None for row in rows)
     order = ""
