@@ -24,7 +24,8 @@ def render(summary: dict[str, Any]) -> str:
         summary: of :func:`summarise`.
     """
     rows = summary["rows"]
-    notes = [row for row in rows if row["differs"]] if summary["speed"] else []
+    different = [row for row in rows if row["differs"]] if summary["speed"] else []
+    notes = {row["label"]: number for number, row in enumerate(different, 1)}
     timed = any("milliseconds" in row["paper"] for row in rows)
     compared = any(row["paper"] for row in rows)
     head = ["", *SHOWN, "seeds", "rank"]
@@ -47,12 +48,12 @@ def render(summary: dict[str, Any]) -> str:
             cells += [_number(row["inference_ms"]), _number(row["paper"].get("milliseconds"))]
         if summary["speed"]:
             cells += [_number(row[name], form, unit) for name, unit, form in SPEED.values()]
-            cells.append(f"{notes.index(row) + 1}" if row in notes else "")
+            cells.append(_number(notes.get(row["label"]), "d"))
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "What could not be made equal:", ""] if notes else []
     lines += [
-        f"{number}. {escape(row['label'])}: {escape(row['differs'])}."
-        for number, row in enumerate(notes, 1)
+        f"{notes[row['label']]}. {escape(row['label'])}: {escape(row['differs'])}."
+        for row in different
     ]
     tau = summary["kendall_tau"]
     both = sum(row["rank"] is not None and row["paper_rank"] is not None for row in rows)
