@@ -9,8 +9,12 @@ What is done already, by the hash of its whole config, is not run again: a sweep
 goes on where it stopped, and one with more seeds adds to the first. A set of your own is named in
 FOCAL_DET_DATASETS, as NAME_train and NAME_val.
 
-Writes OUTPUT/records/KEY.json for each trial and OUTPUT/TABLE.md, .json, .svg and .png. A trial
-gets one CPU core; where the table shows times, a machine to itself, unless --cpus says otherwise.
+Writes OUTPUT/records/KEY.json for each trial and OUTPUT/TABLE.md, .json, .svg and .png, of a table
+of speed TABLE_speed.svg and .png, too. OUTPUT/trials/KEY is what Detectron2 leaves of each trial,
+its last checkpoint included; it may be removed. A trial gets one CPU core; where the table shows
+times, a machine to itself, unless --cpus says otherwise.
+
+"all" is the whole paper: 1a to 1e, 3, and 7, the settings of Figure 7.
 """
 
 import argparse
@@ -33,7 +37,7 @@ from focal_det.analysis import records
 from focal_det.lab import charts, figures, markdown, summary
 from focal_det.lab.measuring import fingerprints
 from focal_det.lab.running import differ
-from focal_det.lab.sweep import in_turns, run_sweep
+from focal_det.lab.sweep import run_sweep
 from focal_det.lab.tables import Table, built_in, load_table
 from focal_det.lab.trial_records import load_records
 from focal_det.lab.trials import Trial, make_trials
@@ -102,8 +106,9 @@ def run(args: argparse.Namespace, output: Path) -> int:
     problems = []
     if not args.report_only:
         timed = {x.key for table in args.tables if table.timed for x in by_table[table.name]}
-        for cpus, trials in in_turns(left, timed, args.cpus):
-            problems += run_sweep(trials, output, address=args.address, cpus=cpus, gpus=args.gpus)
+        problems = run_sweep(
+            left, output, timed=timed, address=args.address, cpus=args.cpus, gpus=args.gpus
+        )
         done = load_done(output, every)
     for table in args.tables:
         trials = by_table[table.name]
@@ -160,7 +165,7 @@ def parse(argv: Sequence[str] | None = None, command: Command | None = None) -> 
     )
     names = ", ".join(built_in())
     if command is None:
-        table = f"{names}, all, or a YAML file of your own"
+        table = f"{names}, all (those with a number), or a YAML file of your own"
         parser.add_argument("--table", required=True, help=table)
     else:
         parser.set_defaults(table=command.table)

@@ -24,7 +24,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
 from focal_det.lab import results
-from focal_det.lab.sweep import in_turns, run_sweep
+from focal_det.lab.sweep import run_sweep
 from focal_det.lab.trials import Trial, dataset_names, make_trials
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,9 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{trial.key}  table {trial.table}, seed {trial.seed}: {trial.label}")
         return 0
     try:
-        problems = []
-        for cpus, trials in in_turns(left, args.timed, args.cpus):
-            problems += run_sweep(trials, args.output, cpus=cpus)
+        problems = run_sweep(left, args.output, timed=args.timed, cpus=args.cpus)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on where this one stopped.")
         return 130

@@ -33,12 +33,56 @@ class Board:
         return self.iterations
 
 
+class Progress:
+    """Iterations of all trials of a sweep, as a bar.
+
+    What an earlier try of a trial has done is done, but says nothing of the pace; what a trial that
+    ends early leaves out need not be waited for.
+
+    Attributes:
+        bar: with its own context.
+    """
+
+    def __init__(self, trials: Sequence[Trial]) -> None:
+        # Any: tqdm takes its total for something that may be None.
+        self.bar: Any = tqdm(
+            total=sum(trial.iterations for trial in trials), unit="step", **bar_options()
+        )
+        self._trials, self._ended = len(trials), 0
+        self._seen: dict[str, int] = {}
+        self._say()
+
+    def see(self, trial: Trial, iterations: int) -> None:
+        """A trial has finished so many; first of all those that it began with."""
+        if trial.key not in self._seen:
+            self.bar.initial += iterations
+            self.bar.last_print_n += iterations
+            self.bar.n += iterations
+        else:
+            self.bar.update(max(0, iterations - self._seen[trial.key]))
+        self._seen[trial.key] = max(iterations, self._seen.get(trial.key, 0))
+
+    def end(self, trial: Trial, complete: bool) -> None:
+        """A trial has ended, after all of its iterations or not."""
+        left = trial.iterations - self._seen.get(trial.key, 0)
+        if complete:
+            self.bar.update(left)
+        else:
+            self.bar.total -= left
+        self._ended += 1
+        self._say()
+
+    def _say(self) -> None:
+        self.bar.set_description(f"{self._ended} of {self._trials} trials", refresh=False)
+
+
 def run_sweep(
     trials: Sequence[Trial],
     output: Path,
     *,
+    timed: Collection[str] = (),
     address: str | None = None,
-    cpus: int | None = 1,
+    cpus: int | None = None,
     gpus: int = 0,
 ) -> list[str]:
     """Run trials, as many at a time as fit; each writes ``output/records/<key>.json`` when done.
@@ -46,10 +90,11 @@ def run_sweep(
     Args:
         trials: what to run; no two of one key.
         output: folder of the sweep.
+        timed: keys of those whose times are shown beside each other's.
         address: of a Ray cluster, whose nodes see the folders of this machine under the same
             paths; None starts Ray on this machine.
-        cpus: CPU cores for each trial; None for all that Ray has on one machine, so that each trial
-            has a machine to itself.
+        cpus: CPU cores for each trial; None for all that Ray has on one machine where the trial is
+            timed, so that it has the machine to itself, and one for the others.
         gpus: GPUs for each trial, a process on each.
 
     Returns:
@@ -71,7 +116,16 @@ def run_sweep(
     ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
     try:
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        return _run(ray, trials, output, choose_cpus(machines, cpus, gpus), gpus)
+        turns = [
+            (choose_cpus(machines, cores, gpus), part)
+            for cores, part in in_turns(trials, timed, cpus)
+        ]
+        progress = Progress(trials)
+        problems = []
+        with progress.bar:
+            for cores, part in turns:
+                problems += _run(ray, part, output, cores, gpus, progress)
+        return problems
     finally:
         ray.shutdown()
 
@@ -79,18 +133,16 @@ def run_sweep(
 def in_turns(
     trials: Sequence[Trial], timed: Collection[str], cpus: int | None
 ) -> list[tuple[int | None, list[Trial]]]:
-    """Trials by what :func:`run_sweep` takes for ``cpus``; first those that are timed.
+    """Trials by their number of cores, None for a whole machine; first those that are timed.
 
     Args:
-        trials: what is to be run.
-        timed: keys of those whose times are shown beside each other's.
-        cpus: for each trial, whatever it is; None for a machine for each that is timed, and one
-            core for the others.
+        trials, timed, cpus: as of :func:`run_sweep`.
     """
     if cpus is not None:
         return [(cpus, list(trials))]
     alone = [trial for trial in trials if trial.key in timed]
-    return [(None, alone), (1, [trial for trial in trials if trial.key not in timed])]
+    others = [trial for trial in trials if trial.key not in timed]
+    return [turn for turn in ((None, alone), (1, others)) if turn[1]]
 
 
 def choose_cpus(machines: Iterable[Mapping[str, float]], cpus: int | None, gpus: int) -> int:
@@ -145,7 +197,14 @@ def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path.strip()))
 
 
-def _run(ray: Any, trials: Sequence[Trial], output: Path, cpus: int, gpus: int) -> list[str]:
+def _run(
+    ray: Any,
+    trials: Sequence[Trial],
+    output: Path,
+    cpus: int,
+    gpus: int,
+    progress: Progress,
+) -> list[str]:
     board = ray.remote(num_cpus=0, max_restarts=-1)(Board).remote()
     # A fresh process for each: nothing of one trial is left for the next.
     environment = {"env_vars": worker_environment(cpus)}
@@ -156,25 +215,25 @@ def _run(ray: Any, trials: Sequence[Trial], output: Path, cpus: int, gpus: int) 
         work.remote(trial, str(output / "trials" / trial.key), gpus, board): trial
         for trial in trials
     }
-    total, finished, problems = sum(trial.iterations for trial in trials), 0, []
-    with tqdm(total=total, unit="step", **bar_options()) as bar:
-        while running:
-            done = f"{len(trials) - len(running)} of {len(trials)} trials"
-            bar.set_description(done, refresh=False)
-            ready, _ = ray.wait(list(running), timeout=POLL_SECONDS)
-            for reference in ready:
-                trial = running.pop(reference)
-                finished += trial.iterations
-                try:
-                    save_record(ray.get(reference), output)
-                # OSError, ValueError: the record cannot be written.
-                except (ray.exceptions.RayError, OSError, ValueError) as error:
-                    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-                    problems.append(f"{trial.label}, seed {trial.seed} ({trial.key}): {reason}")
-                    bar.write(problems[-1])
-            under_way = _look_at(ray, board)
-            now = finished + sum(under_way.get(trial.key, 0) for trial in running.values())
-            bar.update(max(0, now - bar.n))
+    problems = []
+    while running:
+        ready, _ = ray.wait(list(running), timeout=POLL_SECONDS)
+        under_way = _look_at(ray, board)
+        for trial in running.values():
+            if trial.key in under_way:
+                progress.see(trial, under_way[trial.key])
+        for reference in ready:
+            trial, complete = running.pop(reference), False
+            try:
+                record = ray.get(reference)
+                save_record(record, output)
+                complete = record["error"] is None
+            # OSError, ValueError: the record cannot be written.
+            except (ray.exceptions.RayError, OSError, ValueError) as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+                problems.append(f"{trial.label}, seed {trial.seed} ({trial.key}): {reason}")
+                progress.bar.write(problems[-1])
+            progress.end(trial, complete)
     return problems
 
 

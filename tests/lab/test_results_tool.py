@@ -38,19 +38,14 @@ def ran(tool, monkeypatch):
     """Trials that were handed to Ray, which fails after the first of each call."""
     seen = []
 
-    def run_sweep(trials, output, cpus):
+    def run_sweep(trials, output, timed, cpus):
+        assert (timed, cpus) == (set(), None)
         seen.append([(trial.label, trial.seed, trial.iterations) for trial in trials])
         for trial in trials[:1]:
             record = {**make_trial(), "schema": SCHEMA, "config": trial.config, "key": trial.key}
             (output / "records").mkdir(parents=True, exist_ok=True)
             (output / "records" / f"{trial.key}.json").write_text(json.dumps(record))
         return ["the second one: no memory"] if len(trials) > 1 else []
-
-    def in_turns(trials, timed, cpus):
-        assert timed == set()
-        return [(1, trials)]
-
-    monkeypatch.setattr(tool, "in_turns", in_turns)
 
     monkeypatch.setattr(tool, "run_sweep", run_sweep)
     return seen

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from focal_det.lab.sweep import choose_cpus, in_turns, worker_environment
+from focal_det.lab.sweep import Progress, choose_cpus, in_turns, worker_environment
 from focal_det.lab.trials import Trial
 
 
@@ -36,6 +36,29 @@ def test_what_is_timed_comes_first_and_shares_no_machine():
     one, two = (Trial("t", x, {}, 1, 9, x) for x in ("one", "two"))
     assert in_turns([one, two], {two.key}, None) == [(None, [two]), (1, [one])]
     assert in_turns([one, two], {two.key}, 3) == [(3, [one, two])]
+    assert in_turns([one, two], (), None) == [(1, [one, two])]
+
+
+def test_the_bar_counts_what_is_left_and_its_pace_what_was_done_now():
+    trials = [Trial("t", x, {}, 1, 100, x) for x in ("resumed", "diverges", "quick")]
+    resumed, diverges, quick = trials
+    progress = Progress(trials)
+    bar = progress.bar
+    progress.see(resumed, 60)  # where its checkpoint was
+    progress.see(diverges, 0)
+    assert (bar.n, bar.initial, bar.total) == (60, 60, 300)
+    progress.see(resumed, 70)
+    progress.see(diverges, 10)
+    assert (bar.n, bar.initial, bar.total) == (80, 60, 300)
+    progress.see(resumed, 65)  # its worker died, and another goes on from a checkpoint
+    assert bar.n == 80
+    progress.end(diverges, complete=False)
+    assert (bar.n, bar.total) == (80, 210)  # 90 need not be waited for
+    progress.end(quick, complete=True)  # before it was ever looked at
+    progress.end(resumed, complete=True)
+    assert (bar.n, bar.initial, bar.total) == (210, 60, 210)
+    assert bar.desc.startswith("3 of 3 trials")
+    bar.close()
 
 
 def test_a_trial_fits_on_one_machine():
