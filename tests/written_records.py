@@ -97,6 +97,7 @@ def make_trial(label="FL", seed=1, ap=12.3, *, table="mine", settings=(), **chan
         "parameters": 1_230_000,
         "gflops": 0.5,
         "background_per_foreground": 100.0,
+        "not_measured": {},
         "peak_memory_mib": 800.0,
         "inference_ms": {"median": 10.0, "p95": 20.0},
         "environment": ENVIRONMENT,

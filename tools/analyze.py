@@ -31,6 +31,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper, get_detection_dataset_dicts
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,7 +40,8 @@ from focal_det.data.checks import anchor_setup
 from focal_det.engine.checkpoint import Checkpointer
 from focal_det.lab import imbalance
 from focal_det.lab.loss_cdf import LossCDF
-from focal_det.lab.measuring import count_anchors
+from focal_det.lab.measuring import count_anchors, fingerprint, fingerprints
+from focal_det.lab.results import setting
 from focal_det.lab.trials import check_weights
 from focal_det.progress import bar_options
 from focal_det.safe_loading import UnsafeFileError
@@ -82,7 +84,11 @@ def find_loss_cdf(args: argparse.Namespace) -> int:
         raise ValueError(f"{', '.join(cfg.DATASETS.TEST)}: {error}") from error
     made["images"] = len(images)
     made["data"] = list(cfg.DATASETS.TEST)
+    made["annotations"] = fingerprints(cfg.DATASETS.TEST)
     made["loss"] = cfg.MODEL.FOCAL_DET.LOSS.NAME
+    made["weights"] = fingerprint(PathManager.get_local_path(cfg.MODEL.WEIGHTS))
+    trained = setting(CfgNode.load_cfg(cfg.dump()))
+    made["settings"] = {key: x for key, x in sorted(trained) if key != "MODEL.WEIGHTS"}
     made["environment"] = records.environment(cfg.MODEL.DEVICE)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     records.save(made, args.output)
@@ -114,18 +120,20 @@ def find_imbalance(args: argparse.Namespace) -> int:
         print(f"{MEASURED} is missing, so nothing can be said of losses", file=sys.stderr)
         return 1
     try:
-        print(describe(ratio, json.loads(MEASURED.read_text(encoding="utf-8"))))
+        traced = json.loads(MEASURED.read_text(encoding="utf-8"))
+        print(describe(ratio, traced, args.cfg.SOLVER.CLIP_GRADIENTS.ENABLED))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{MEASURED} cannot be read: {type(error).__name__}: {error}") from error
     return 0
 
 
-def describe(ratio: float, traced: dict[str, Any]) -> str:
+def describe(ratio: float, traced: dict[str, Any], clipped: bool) -> str:
     """What measurements say of a data set with this ratio, in a few lines.
 
     Args:
         ratio: background anchors to a foreground one.
         traced: of :func:`focal_det.lab.imbalance.trace`.
+        clipped: whether gradients are to be clipped, on which the order of the losses hangs.
     """
     advice = imbalance.advise(ratio, traced)
     point, measured = advice["point"], advice["point"]["AP"]
@@ -139,6 +147,12 @@ def describe(ratio: float, traced: dict[str, Any]) -> str:
         lines.append(f"  {label:24} AP {row['mean']:5.1f}  (by seed: {values})")
     if not advice["inside"]:
         lines.append("Your ratio lies outside of what was measured: take this as a hint at most.")
+    if clipped != traced["clipped_gradients"]:
+        lines.append(
+            f"Measured with SOLVER.CLIP_GRADIENTS.ENABLED {traced['clipped_gradients']}, and your "
+            f"config says {clipped}. At one learning rate the order hangs on it: docs/results.md, "
+            '"Without clipped gradients".'
+        )
     if advice["first"] is None:
         lines.append("That is too little to say which to try first: no AP, or a row of one seed.")
         return "\n".join(lines)

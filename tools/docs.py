@@ -113,12 +113,18 @@ def matrix() -> str:
 
 
 @functools.cache
+def kept_sweeps() -> dict[str, results.Sweep]:
+    """The sweeps of the lab, by name."""
+    return results.read_sweeps(LAB / "sweeps.yaml")
+
+
+@functools.cache
 def sweeps() -> dict[str, dict[str, Any]]:
     """What came of each table of each sweep of the lab, by the sweep's name and the table's."""
     found = results.read_records(LAB / "records")
     return {
         name: {table: results.summarise_sweep(sweep, table, found, ROOT) for table in sweep.tables}
-        for name, sweep in results.read_sweeps(LAB / "sweeps.yaml").items()
+        for name, sweep in kept_sweeps().items()
     }
 
 
@@ -141,11 +147,12 @@ def figure_data() -> dict[str, Any]:
     data = {"2": read(PAPER_SPEED)}
     for name, made in pairs:
         if name == "detectors" and all(row["seeds"] for row in made["rows"]):
-            title = f"{', '.join(made['data'])}; {', '.join(made['devices'])}"
-            data["2"][title] = figures.speed_points(made)
+            data["2"][figures.speed_title(made)] = figures.speed_points(made)
         if name == "7" and all(row["seeds"] for row in made["rows"]):
             data["7"] = made
-    traced = imbalance.trace(made for name, made in pairs if name == "imbalance")
+    over_ratio = [x for x in kept_sweeps().values() if "imbalance" in x.tables]
+    (clipped,) = {x.base_config(ROOT).SOLVER.CLIP_GRADIENTS.ENABLED for x in over_ratio}
+    traced = imbalance.trace((sweeps()[x.name]["imbalance"] for x in over_ratio), clipped)
     if len(traced["points"]) > 1:
         data["imbalance"] = traced
     return data

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -34,6 +35,16 @@ FAMILIES = {
     "RetinaNet": (STYLES[1], "o"),
     "others": (STYLES[0], "s"),
 }
+# In typographic points: a marker, a digit of the numbers beside it, and how far these may be.
+MARKER = 9.0
+DIGIT = (5.5, 8.5)
+DISTANCES = (7.0, 12.0, 18.0, 26.0)
+# To the right, below, above, to the left, and between them.
+DIRECTIONS = (
+    (1.0, 0.0), (0.0, -1.2), (0.0, 1.2), (-1.0, 0.0), (0.8, -0.8), (0.8, 0.8), (-0.8, -0.8),
+    (-0.8, 0.8),
+)  # fmt: skip
+LEADER = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.6, "shrinkA": 5, "shrinkB": 4}
 
 
 def figure_1() -> Figure:
@@ -132,6 +143,7 @@ def figure_2(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     with drawing_as_here():
         figure = Figure(figsize=(1.7 * SIZE[0], SIZE[1] * len(groups)), layout="constrained")
         panels = figure.subplots(len(groups), squeeze=False)[:, 0]
+        numbered = []
         for axes, (title, points) in zip(panels, groups.items(), strict=True):
             _label(axes, plain(title), "inference time of an image (ms)", "AP (percent)")
             hull = upper_hull([(point["time_ms"], point["AP"]) for point in points])
@@ -146,43 +158,52 @@ def figure_2(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
                 )  # fmt: skip
             axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
             axes.margins(0.12)
-            for (time, ap), numbers in _together(points).items():
+            numbered.append((axes, [(point["time_ms"], point["AP"]) for point in points]))
+        figure.draw_without_rendering()  # Places hang on the layout, and may not change it.
+        figure.set_layout_engine("none")
+        for axes, at in numbered:
+            for number, (place, where) in enumerate(zip(_places(axes, at), at, strict=True), 1):
                 axes.annotate(
-                    numbers, (time, ap), xytext=(6, -2), textcoords="offset points",
-                    fontsize=9, va="center",
+                    str(number), where, xytext=place, textcoords="offset points", fontsize=9,
+                    ha="center", va="center", arrowprops=LEADER,
                 )  # fmt: skip
     return figure
 
 
-def _together(points: Sequence[Mapping[str, Any]]) -> dict[tuple[float, float], str]:
-    """Where numbers go: points that are too near for a number each have theirs in one place.
+def _places(axes: Axes, at: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Where the numbers 1, 2, ... of points go: near them, off all points and other numbers.
 
     Args:
-        points: by falling AP; the first is 1.
+        axes: whose limits do not change any more.
+        at: the points, in its data.
 
     Returns:
-        From the rightmost time and the middle AP of neighbours to their numbers.
+        The middle of each number, as its offset in typographic points.
     """
-    near = {
-        name: share * np.ptp([point[name] for point in points])
-        for name, share in (("time_ms", 0.12), ("AP", 0.05))
-    }
-    groups: list[list[int]] = []
-    for index, point in enumerate(points):
-        for group in groups:
-            last = points[group[-1]]
-            if all(abs(point[name] - last[name]) <= near[name] for name in near):
-                group.append(index)
-                break
-        else:
-            groups.append([index])
-    return {
-        (
-            max(points[index]["time_ms"] for index in group),
-            (points[group[0]]["AP"] + points[group[-1]]["AP"]) / 2,
-        ): " ".join(str(index + 1) for index in group)
-        for group in groups
-    }
+    inch = axes.figure.dpi / 72
+    middles = axes.transData.transform(at) / inch
+    taken = [(x, y, MARKER, MARKER) for x, y in middles]
+    places = []
+    for number, (x, y) in enumerate(middles, start=1):
+        wide, high = DIGIT[0] * len(str(number)), DIGIT[1]
+        tried = [
+            (distance * right + wide * np.sign(right) / 2, distance * up)
+            for distance in DISTANCES
+            for right, up in DIRECTIONS
+        ]
+        free = (
+            (right, up)
+            for right, up in tried
+            if not any(
+                abs(x + right - left) < (wide + width) / 2
+                and abs(y + up - low) < (high + height) / 2
+                for left, low, width, height in taken
+            )
+        )
+        right, up = next(free, tried[0])
+        taken.append((x + right, y + up, wide, high))
+        places.append((float(right), float(up)))
+    return places
 
 
 def speed_points(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -203,6 +224,15 @@ def speed_points(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         for row in summary["rows"]
         if row["inference_ms"] is not None and row["metrics"]["AP"]["mean"] is not None
     ]
+
+
+def speed_title(summary: Mapping[str, Any]) -> str:
+    """What a panel of Figure 2 is called: data and devices.
+
+    Args:
+        summary: of :func:`focal_det.lab.summary.summarise`.
+    """
+    return f"{', '.join(summary['data'])}; {', '.join(summary['devices'])}"
 
 
 def speed_picture(summary: Mapping[str, Any]) -> Figure | None:

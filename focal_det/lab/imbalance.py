@@ -11,14 +11,17 @@ from typing import Any
 from .summary import RANKED
 
 
-def trace(summaries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def trace(summaries: Iterable[Mapping[str, Any]], clipped: bool | None = None) -> dict[str, Any]:
     """AP over the ratio, row by row.
 
     Args:
         summaries: of :func:`focal_det.lab.summary.summarise`, of one table and a data set each.
+        clipped: whether they were all trained with clipped gradients, on which the order hangs;
+            None if that is not known.
 
     Returns:
-        ``labels`` of the rows, ``settings`` (the overrides of each label), and ``points`` by rising
+        ``labels`` of the rows, ``settings`` (the overrides of each label), ``clipped_gradients``
+        (`clipped`), and ``points`` by rising
         ratio: ``data``, ``background_per_foreground``, ``iterations``, ``commits``,
         ``devices``, and ``AP`` by label: ``mean``, ``sd`` and ``values`` of the seeds. Sets
         without a ratio or a result are left out.
@@ -39,7 +42,12 @@ def trace(summaries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             }
         )
     points.sort(key=lambda point: point["background_per_foreground"])
-    return {"labels": list(settings), "settings": settings, "points": points}
+    return {
+        "labels": list(settings),
+        "settings": settings,
+        "clipped_gradients": clipped,
+        "points": points,
+    }
 
 
 def advise(ratio: float, traced: Mapping[str, Any]) -> dict[str, Any]:

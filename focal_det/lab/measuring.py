@@ -13,10 +13,13 @@ from typing import Any, TypeVar
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
+    DatasetMapper,
     MetadataCatalog,
     build_detection_test_loader,
     get_detection_dataset_dicts,
 )
+from detectron2.data import transforms as T
+from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.utils.analysis import FlopCountAnalysis
 from torch import nn
 
@@ -33,20 +36,22 @@ ANCHORED = frozenset({"FocalRetinaNet", "RetinaNet", "TorchvisionRetinaNet"})
 Value = TypeVar("Value")
 
 
-def attempt(what: str, measure: Callable[[], Value]) -> Value | None:
+def attempt(what: str, measure: Callable[[], Value], not_measured: dict[str, str]) -> Value | None:
     """A measurement; None, and a warning, where it fails.
 
     Training is over by then, and a model of somebody else's may raise anything.
 
     Args:
-        what: is measured, for the warning.
+        what: is measured.
         measure: does it.
+        not_measured: gets the reason of a failure, by `what`.
     """
     try:
         return measure()
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        logger.warning(f"{what}: not measured, {type(error).__name__}: {reason}")
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        logger.warning(f"{what}: not measured, {reason}")
+        not_measured[what] = reason
         return None
 
 
@@ -60,12 +65,17 @@ def fingerprints(datasets: Iterable[str]) -> dict[str, str]:
     for name in datasets:
         path = MetadataCatalog.get(name).get("json_file")
         if path and os.path.isfile(path):
-            digest = hashlib.sha256()
-            with open(path, "rb") as file:
-                while block := file.read(2**20):
-                    digest.update(block)
-            made[name] = digest.hexdigest()[:12]
+            made[name] = fingerprint(path)
     return made
+
+
+def fingerprint(path: str) -> str:
+    """A hash of a file, 12 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()[:12]
 
 
 def peak_memory_mib(device: str) -> float:
@@ -124,22 +134,44 @@ def count_gflops(cfg: CfgNode, model: nn.Module) -> float:
     return float(counter.total()) / 1e9
 
 
-def background_per_foreground(cfg: CfgNode) -> float | None:
+def background_per_foreground(cfg: CfgNode, model: Any) -> float | None:
     """How many background anchors there are for each foreground one, as training assigns them.
 
     Args:
         cfg: whose training sets are meant.
+        model: of Detectron2's FCOS, whose points are counted instead, left in evaluation mode; of
+            no matter for detectors with anchors.
 
     Returns:
-        None without a foreground anchor, or for a detector without such anchors.
+        None without a foreground anchor, or for a detector without such anchors or points.
 
     Raises:
         ValueError: the config's anchors are not Detectron2's.
     """
+    if isinstance(model, FCOS):
+        return _count_points(cfg, model)
     if cfg.MODEL.META_ARCHITECTURE not in ANCHORED:
         return None
     ratio: float | None = count_anchors(cfg)["background_per_foreground"]
     return ratio
+
+
+@torch.no_grad()
+def _count_points(cfg: CfgNode, model: FCOS) -> float | None:
+    """By the model's own rule, on the images and at the size of :func:`count_anchors`."""
+    size = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    # For the boxes, which a mapper for evaluation leaves out.
+    mapper = DatasetMapper(is_train=True, augmentations=[size], image_format=cfg.INPUT.FORMAT)
+    model.eval()
+    foreground = background = 0
+    for record in _some(_records(cfg)):
+        sample = mapper(record)
+        features = model.backbone(model.preprocess_image([sample]).tensor)
+        points = model.anchor_generator([features[name] for name in model.head_in_features])
+        (labels,), _ = model.label_anchors(points, [sample["instances"].to(model.device)])
+        found = int((labels != model.num_classes).sum())
+        foreground, background = foreground + found, background + len(labels) - found
+    return background / foreground if foreground else None
 
 
 def count_anchors(cfg: CfgNode) -> dict[str, Any]:
@@ -153,9 +185,16 @@ def count_anchors(cfg: CfgNode) -> dict[str, Any]:
     Raises:
         ValueError: the config's anchors are not Detectron2's.
     """
-    setup = anchor_setup(cfg)
-    records = get_detection_dataset_dicts(
+    return foreground_ratio(_some(usable_objects(_records(cfg))), anchor_setup(cfg))
+
+
+def _records(cfg: CfgNode) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = get_detection_dataset_dicts(
         list(cfg.DATASETS.TRAIN), cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     )
-    images = usable_objects(records)
-    return foreground_ratio(images[:: max(1, -(-len(images) // COUNTED))], setup)
+    return found
+
+
+def _some(images: list[Value]) -> list[Value]:
+    """No more than are counted, evenly spaced."""
+    return images[:: max(1, -(-len(images) // COUNTED))]

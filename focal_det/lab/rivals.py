@@ -20,10 +20,10 @@ from focal_det.config import default_keys
 from . import torchvision_detectors  # registers TorchvisionRetinaNet and TorchvisionFCOS
 
 _POINTS = (
-    "one point a location instead of anchors, for objects whose center is within 1.5 strides and "
-    "that reach 4 to 8 strides from it, on the finest level less and on the coarsest more; GIoU "
-    "and centerness losses; scores, to which the threshold applies, are the root of class times "
-    "centerness"
+    "one point a location instead of anchors, none of them ignored, for objects whose center is "
+    "within 1.5 strides and that reach 4 to 8 strides from it, on the finest level less and on the "
+    "coarsest more; GIoU and centerness losses; scores, to which the threshold applies, are the "
+    "root of class times centerness"
 )
 DIFFERENCES = {
     "focal_det": "",
@@ -134,13 +134,16 @@ def _of_fcos(cfg: CfgNode) -> Iterator[str]:
 def _of_faster_rcnn(cfg: CfgNode) -> Iterator[str]:
     rpn, heads, box_head = cfg.MODEL.RPN, cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
     norm = box_head.NORM
+    # In evaluation; Detectron2 takes the best of each level first.
+    of_levels = rpn.PRE_NMS_TOPK_TEST * len(rpn.IN_FEATURES)
+    proposals = min(rpn.POST_NMS_TOPK_TEST, of_levels)
     yield (
         f"{rpn.BATCH_SIZE_PER_IMAGE} anchors and {heads.BATCH_SIZE_PER_IMAGE} proposals an image "
         f"are drawn, foreground above an overlap of {rpn.IOU_THRESHOLDS[-1]:g} and "
         f"{heads.IOU_THRESHOLDS[-1]:g}, and divide the losses"
     )
     yield (
-        f"up to {rpn.POST_NMS_TOPK_TEST} proposals by an RPN of one convolution; for each, "
+        f"up to {proposals} proposals an image by an RPN of one convolution; for each, "
         f"{box_head.NUM_CONV} x convolution, {box_head.NUM_FC} x fully connected of "
         f"{box_head.FC_DIM}"
     )

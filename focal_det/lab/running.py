@@ -51,8 +51,8 @@ def run_trial(
         trial: what to run.
         folder: its own; gets what Detectron2 writes.
         num_gpus: processes with a GPU each; 0 for one process on what ``MODEL.DEVICE`` says.
-        report: called with the number of finished iterations, every few seconds; not with several
-            processes.
+        report: called with the number of finished iterations, before the first and then every few
+            seconds; not with several processes.
 
     Returns:
         A record: what was run (``table``, ``label``, ``overrides``, ``seed``, ``iterations``,
@@ -60,8 +60,9 @@ def run_trial(
         percent, ``curves``, ``seconds``, ``resumed_from``, ``images_per_second`` of the median
         step, ``parameters``, ``gflops`` of an image, ``background_per_foreground`` (anchors),
         ``peak_memory_mib`` until the last step (the main process), ``inference_ms`` (median and
-        95th percentile, one image), ``environment``, and ``error``, why training was given up, or
-        None. What could not be measured is None.
+        95th percentile, one image), ``environment``, and ``error``, why training was given up
+        (``OUTPUT`` in it is the folder above ``folder``'s parent, that of the sweep), or None.
+        What could not be measured is None, and ``not_measured`` says why.
 
     Raises:
         RuntimeError: another process runs this trial in this folder.
@@ -117,7 +118,8 @@ def _run_alone(trial: Trial, folder: Path, num_gpus: int, report: Report | None)
             args=(cfg, measured, report if num_gpus < 2 else None),
         )
     except FloatingPointError as failure:  # that a loss diverges is a result, too
-        error = str(failure).splitlines()[0]
+        # Records are passed on, and the folders above the sweep's say nothing elsewhere.
+        error = str(failure).splitlines()[0].replace(f"{folder.parent.parent}/", "OUTPUT/")
     except ProcessRaisedException as failure:
         if "FloatingPointError" not in str(failure):
             raise
@@ -138,6 +140,7 @@ def _run_alone(trial: Trial, folder: Path, num_gpus: int, report: Report | None)
         **(records.average_precision([]) if error else _score(cfg, rows, folder)),
         "curves": records.curves(rows),
         **dict.fromkeys(FACTS),
+        "not_measured": {},
         **(json.loads(measured.read_text("utf-8")) if measured.is_file() else {}),
         "environment": environment,
         "finished": finished.isoformat(timespec="seconds"),
@@ -179,17 +182,19 @@ def _train(cfg: CfgNode, measured: Path, report: Report | None) -> None:
         for path in Path(cfg.OUTPUT_DIR).glob("model_[0-9]*.pth"):
             path.unlink()  # model_final.pth is there
         model: Any = getattr(trainer.model, "module", trainer.model)
+        not_measured: dict[str, str] = {}
         facts = {
             "seconds": clock.seconds,
             "resumed_from": start,
             "images_per_second": clock.images_per_second(),
             "peak_memory_mib": clock.peak_memory_mib,
             "parameters": sum(x.numel() for x in model.parameters()),
-            "inference_ms": attempt("inference", lambda: time_inference(cfg, model)),
-            "gflops": attempt("operations", lambda: count_gflops(cfg, model)),
+            "inference_ms": attempt("inference", lambda: time_inference(cfg, model), not_measured),
+            "gflops": attempt("operations", lambda: count_gflops(cfg, model), not_measured),
             "background_per_foreground": attempt(
-                "foreground ratio", lambda: background_per_foreground(cfg)
+                "foreground ratio", lambda: background_per_foreground(cfg, model), not_measured
             ),
+            "not_measured": not_measured,
         }
         records.save(facts, measured)
 
@@ -207,8 +212,10 @@ class _Clock(HookBase):
         self.peak_memory_mib: float | None = None
 
     def before_train(self) -> None:
-        """Start."""
+        """Start; say where, which is not 0 after a checkpoint."""
         self.begin = self.last = time.monotonic()
+        if self.report is not None:
+            self.report(self.trainer.start_iter)
         if torch.device(self.cfg.MODEL.DEVICE).type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.cfg.MODEL.DEVICE)
 

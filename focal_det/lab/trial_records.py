@@ -33,7 +33,9 @@ PARTS: dict[str, type | tuple[type, ...]] = {
     "config": str,
 }
 # What records of earlier versions lack.
-SINCE: dict[str, Any] = {**dict.fromkeys(FACTS), "annotations": {}, "processes": 1}
+SINCE: dict[str, Any] = {
+    **dict.fromkeys(FACTS), "annotations": {}, "not_measured": {}, "processes": 1,
+}  # fmt: skip
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -8,9 +8,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import Image
+from written_records import make_trial
 
 from focal_det.lab import figures
+from focal_det.lab.summary import summarise
+from focal_det.lab.tables import Row, Table
 from focal_det.losses import reference
 
 NUMBER = re.compile(r"(?<![\w#])-?\d+(?:\.\d+)?(?:e-?\d+)?(?!\w)")
@@ -129,10 +133,30 @@ def test_figure_2_names_each_point_by_a_number_in_the_order_of_ap():
     at = [(line.get_xdata()[0], line.get_ydata()[0]) for line in drawn.values()]
     assert at == [(80, 30.0), (11, 20.1), (10, 20.0), (60, 5.0)]
     assert len({(line.get_color(), line.get_marker()) for line in drawn.values()}) == 3
-    # Two that are too near for a number each have theirs in one place.
-    numbers = {text.get_text(): text.xy for text in axes.texts}
-    assert numbers == {"1": (80, 30.0), "2 3": (11, pytest.approx(20.05)), "4": (60, 5.0)}
+    assert {text.get_text(): text.xy for text in axes.texts} == {
+        "1": (80, 30.0), "2": (11, 20.1), "3": (10, 20.0), "4": (60, 5.0),
+    }  # fmt: skip
     assert axes.get_title(loc="left") == r"one \$ two"
+
+
+def test_numbers_of_figure_2_lie_on_no_point_and_no_other_number():
+    random = np.random.default_rng(3)
+    points = [
+        {"method": f"FCOS {index}", "AP": 20 + 2 * ap, "time_ms": 30 + 3 * time}
+        for index, (ap, time) in enumerate(random.random((9, 2)))
+    ]
+    far = {"method": "FCOS", "AP": 40.0, "time_ms": 60.0}
+    figure = figures.figure_2({"a cloud and one far away": [*points, far]})
+    (axes,) = figure.axes
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without their lines
+    at = np.array([axes.transData.transform(text.xy) for text in axes.texts])
+    for index, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[index + 1 :])
+        assert not any(box.contains(x, y) for x, y in at)
+    alone = axes.texts[0]  # of the highest AP
+    assert alone.get_text() == "1"
+    assert 0 < boxes[0].x0 - at[0][0] < 12
 
 
 def test_the_same_data_give_the_same_bytes(plot, tmp_path):
@@ -163,11 +187,47 @@ def test_data_of_another_kind_is_named(plot, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("7", {"rows": []}), ("2", {}), ("2", {"one": []}), ("4", [])]
+    ("name", "content"),
+    [
+        ("7", {"rows": []}),
+        ("2", {}),
+        ("2", {"one": []}),
+        ("2", {"rows": []}),
+        ("4", []),
+        ("imbalance", {"rows": [], "background_per_foreground": 9.0}),
+    ],
 )
 def test_data_without_anything_to_draw_are_named(load_tool, tmp_path, name, content):
     path = tmp_path / "x.json"
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"x.json is not what figure {name} is drawn from"):
-        load_tool("plot").draw(name, path, tmp_path)
+        load_tool("plot").draw(name, [path], tmp_path)
     assert [each.name for each in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_figures_are_drawn_from_what_sweeps_write(plot, load_tool, tmp_path):
+    """Of summaries, beside the first of them unless told otherwise."""
+    rows = tuple(Row(label, {}) for label in ("FL", "CE"))
+    paths = []
+    for number in (1, 2):
+        found = [
+            make_trial("FL", ap=20.0, background_per_foreground=100.0 * number),
+            make_trial("CE", ap=10.0 * number, background_per_foreground=100.0 * number),
+        ]
+        made = summarise(Table("t", "T", "", rows, speed=True), found)
+        made["data"] = [f"set {number}"]
+        paths.append(tmp_path / f"{number}" / "t.json")
+        paths[-1].parent.mkdir()
+        paths[-1].write_text(json.dumps(made))
+    plot("figure", "2", "--data", *paths)
+    assert sorted(x.name for x in (tmp_path / "1").iterdir()) == [
+        "figure_2.png", "figure_2.svg", "t.json",
+    ]  # fmt: skip
+    plot("figure", "imbalance", "--data", *paths, "--output", tmp_path / "out")
+    assert (tmp_path / "out" / "figure_imbalance.svg").is_file()
+    tool, contents = load_tool("plot"), [json.loads(path.read_text()) for path in paths]
+    panels = tool.speed_groups(*contents)
+    assert [title.split(",")[0] for title in panels][1:] == ["set 1; CPU", "set 2; CPU"]
+    assert [point["AP"] for point in panels["set 2; CPU"]] == [20.0, 20.0]
+    traced = tool.over_ratio(*contents)
+    assert [x["AP"]["CE"]["mean"] for x in traced["points"]] == [10.0, 20.0]

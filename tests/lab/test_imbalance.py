@@ -35,7 +35,8 @@ def traced():
             summary(1000.0, CE=[4.0, 6.0], FL=[9.0, 11.0], OHEM=[8.0, 9.0]),
             summary(50.0, CE=[30.0, 32.0], FL=[20.0, 22.0], OHEM=None),
             summary(None, CE=[1.0]),
-        ]
+        ],
+        clipped=True,
     )
 
 
@@ -84,13 +85,13 @@ def test_who_cannot_be_told_from_the_best_is_named_with_it(traced):
     ],
 )
 def test_one_seed_tells_nobody_apart_and_neither_does_no_ap(rows):
-    assert imbalance.advise(50.0, imbalance.trace([summary(50.0, **rows)]))["first"] is None
+    assert imbalance.advise(50.0, imbalance.trace([summary(50.0, **rows)], True))["first"] is None
 
 
 @pytest.mark.parametrize(("ratio", "says"), [(0.0, "above 0"), (5.0, "nothing|no ratio")])
 def test_what_cannot_be_advised_on_is_said(traced, ratio, says):
     with pytest.raises(ValueError, match=says):
-        imbalance.advise(ratio, traced if ratio == 0.0 else imbalance.trace([]))
+        imbalance.advise(ratio, traced if ratio == 0.0 else imbalance.trace([], True))
 
 
 def test_the_figure_shows_means_and_shares(traced):
@@ -129,13 +130,17 @@ def test_the_command_says_how_rare_foreground_is(
 
 
 def test_the_description_says_what_is_a_hint_only(analyze, traced):
-    said = analyze.describe(5e4, traced)
+    said = analyze.describe(5e4, traced, True)
     assert "lies outside of what was measured" in said
     assert "Try first: FL.\n  MODEL.FOCAL_DET.LOSS.NAME FLLoss\n" in said
     assert "do not tell apart from it: OHEM." in said
     assert "AP  10.0  (by seed: 9.0, 11.0)" in said
-    alone = imbalance.trace([summary(50.0, CE=[30.0], FL=[10.0])])
-    assert "too little to say which to try first" in analyze.describe(50.0, alone)
+    assert "CLIP_GRADIENTS" not in said
+    alone = imbalance.trace([summary(50.0, CE=[30.0], FL=[10.0])], True)
+    assert "too little to say which to try first" in analyze.describe(50.0, alone, True)
+    # Without them focal loss was behind where it is ahead here.
+    warned = "Measured with SOLVER.CLIP_GRADIENTS.ENABLED True, and your config says False."
+    assert warned in analyze.describe(50.0, alone, False)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"points": []}', '{"points": [{}]}'])

@@ -1,5 +1,6 @@
 """The cumulative loss against a plain sort of all terms, with scalar losses that share no code."""
 
+import hashlib
 import json
 import re
 
@@ -137,6 +138,12 @@ def test_the_command_counts_all_terms_of_all_images(analyze, words, few, tmp_pat
     # 336 locations, 12 anchors, 10 classes, 4 images; what is ignored is missing.
     assert 0.95 * 161_280 < sum(made["counts"].values()) <= 161_280
     assert (made["images"], made["data"], made["loss"]) == (4, [f"{few}_val"], "FocalLoss")
+    # Which model on which data it was, without a path of this machine.
+    weights = hashlib.sha256((tmp_path / "model.pth").read_bytes()).hexdigest()
+    assert made["weights"] == weights[:12]
+    assert set(made["annotations"]) == {f"{few}_val"}
+    assert made["settings"]["MODEL.META_ARCHITECTURE"] == "'FocalRetinaNet'"
+    assert str(tmp_path) not in json.dumps(made)
     assert f"{made['counts']['foreground']:,} foreground" in capsys.readouterr().out
     for images, status in ((3, 0), (1, 2)):  # the first one holds no digit
         assert analyze.main([*words[:1], "--images", str(images), *words[1:]]) == status

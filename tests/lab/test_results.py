@@ -52,6 +52,7 @@ def record(config, seed, ap):
         **dict.fromkeys(("inference_ms", "images_per_second", "peak_memory_mib", "parameters")),
         "gflops": None,
         "background_per_foreground": 7.0,
+        "not_measured": {},
         "environment": {"commit": "abc", "device": "CPU"},
         "config": config,
     }

@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.data import get_detection_dataset_dicts
 from detectron2.layers import CycleBatchNormList
 from detectron2.modeling import Backbone, build_model
 from detectron2.modeling.backbone import FPN
@@ -22,6 +23,7 @@ from torchvision.models import detection
 import focal_det
 from focal_det.engine import Trainer
 from focal_det.engine.checkpoint import Checkpointer
+from focal_det.lab.measuring import background_per_foreground
 from focal_det.lab.rivals import DIFFERENCES, choose_detector, differences
 from focal_det.lab.running import run_trial
 from focal_det.lab.tables import Row, Table, load_table
@@ -138,16 +140,16 @@ def test_losses_are_finite_with_and_without_objects(build, name):
 
 @pytest.mark.parametrize("name", RIVALS)
 def test_detections_are_at_the_size_of_the_image_on_disk(build, name):
-    model = build(name).eval()
+    # Of a detector that has learnt nothing; all scores are near the prior.
+    model = build(name, "MODEL.RETINANET.PRIOR_PROB", 0.5).eval()
     with torch.no_grad():
         found = model([sample()])[0]["instances"]
     assert found.image_size == (64, 96)
-    if len(found):
-        corners = found.pred_boxes.tensor
-        assert (corners[:, 0::2] <= 96).all()
-        assert (corners[:, 1::2] <= 64).all()
-        assert found.pred_classes.max() < 10
-        assert len(found) <= 50
+    assert 0 < len(found) <= 50
+    corners = found.pred_boxes.tensor
+    assert (corners[:, 0::2] <= 96).all()
+    assert (corners[:, 1::2] <= 64).all()
+    assert found.pred_classes.max() < 10
 
 
 def test_torchvisions_own_boxes_and_classes_come_through(build, monkeypatch):
@@ -445,7 +447,17 @@ SAME = ("MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu")
         ("fcos", SAME, "starts at 300"),
         ("faster_rcnn", SAME, "256 anchors and 512 proposals an image are drawn, foreground"),
         ("faster_rcnn", SAME, "an overlap of 0.7 and 0.5"),
-        ("faster_rcnn", SAME, "up to 1000 proposals by an RPN of one convolution"),
+        (
+            "faster_rcnn",
+            SAME,
+            "up to 600 proposals an image by an RPN of one convolution",
+        ),  # 3 x 200
+        (
+            "faster_rcnn",
+            ("MODEL.RETINANET.TOPK_CANDIDATES_TEST", 1000),
+            "up to 1000 proposals an image by",
+        ),
+        ("fcos", SAME, "instead of anchors, none of them ignored, for objects"),
         ("faster_rcnn", SAME, "scaled by 10, 10, 5, 5"),
         (
             "torchvision_retinanet",
@@ -546,3 +558,31 @@ def test_the_built_in_retinanet_is_ours_with_focal_loss(build):
 
 def test_the_table_of_detectors_has_all_of_them():
     assert {row.detector for row in load_table("detectors").rows} == set(RIVALS)
+
+
+def test_points_of_fcos_are_counted_by_its_rule(build, config, few):
+    """A point is foreground if it lies in a box, near its center and at a level of its size."""
+    cfg = config("fcos", "DATASETS.TRAIN", (f"{few}_train",))
+    model = build("fcos")
+    foreground = points = 0
+    levels = [8, 16, 32]  # strides
+    for record in get_detection_dataset_dicts([f"{few}_train"], filter_empty=True):
+        boxes = []
+        for annotation in record["annotations"]:
+            x, y, width, height = annotation["bbox"]
+            boxes.append((x, y, x + width, y + height))
+        for stride in levels:
+            least = 0 if stride == levels[0] else 4 * stride
+            most = math.inf if stride == levels[-1] else 8 * stride
+            for row, column in itertools.product(range(128 // stride), repeat=2):
+                x, y = stride * (column + 0.5), stride * (row + 0.5)
+                points += 1
+                for left, top, right, bottom in boxes:
+                    sides = (x - left, y - top, right - x, bottom - y)
+                    away = max(abs(x - (left + right) / 2), abs(y - (top + bottom) / 2))
+                    if min(sides) > 0 and least < max(sides) < most and away < 1.5 * stride:
+                        foreground += 1
+                        break
+    assert foreground > 5
+    found = background_per_foreground(cfg, model)
+    assert found == pytest.approx((points - foreground) / foreground)

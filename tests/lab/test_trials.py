@@ -2,6 +2,7 @@
 
 import fcntl
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -240,7 +241,7 @@ def test_images_that_training_leaves_out_do_not_count_as_background(tmp_path, ro
     cfg.DATASETS.TRAIN = ("half_empty",)
     ratios = {}
     for cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS in (False, True):
-        ratios[cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS] = background_per_foreground(cfg)
+        ratios[cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS] = background_per_foreground(cfg, None)
     DatasetCatalog.remove("half_empty")
     MetadataCatalog.remove("half_empty")
     assert 1.5 < ratios[False] / ratios[True] < 2.7
@@ -251,8 +252,11 @@ def test_a_loss_that_diverges_has_a_record(trials, tmp_path):
         budget=6,
         options=(*FAST, "SOLVER.BASE_LR", 1e30, "SOLVER.CLIP_GRADIENTS.ENABLED", False),
     )
-    record = run_trial(trial, tmp_path / "a")
-    assert "finite" in record["error"] or "nan" in record["error"] or "inf" in record["error"]
+    record = run_trial(trial, tmp_path / "sweep" / "trials" / "a")
+    assert re.match(r"(loss|gradient)\S* .*\b(nan|-?inf)\b", record["error"])
+    assert str(tmp_path / "sweep") not in record["error"]
+    (named,) = set(re.findall(r"OUTPUT/(trials/a/[^ :`]+)", record["error"]))
+    assert (tmp_path / "sweep" / named / "report.json").is_file()
     assert set(record["metrics"].values()) == {None}
     assert record["seconds"] is None
     assert not any(isinstance(x, float) and math.isnan(x) for x in record["curves"]["loss_cls"])
