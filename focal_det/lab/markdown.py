@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from .measuring import TIMED
 from .summary import MACHINE
 
 SHOWN = ("AP", "AP50", "AP75")
@@ -14,7 +15,10 @@ SPEED = {
     "peak MiB": ("peak_memory_mib", 1.0, ".0f"),
     "parameters, million": ("parameters", 1e-6, ".2f"),
     "giga multiply-adds": ("gflops", 1.0, ".2f"),
+    "background to foreground": ("background_per_foreground", 1.0, ".0f"),
 }
+# What AP hangs on besides the settings; times hang on the whole machine.
+TRAINED_WITH = ("torch", "torchvision", "detectron2", "processes")
 
 
 def render(summary: dict[str, Any]) -> str:
@@ -26,7 +30,7 @@ def render(summary: dict[str, Any]) -> str:
     rows = summary["rows"]
     different = [row for row in rows if row["differs"]] if summary["speed"] else []
     notes = {row["label"]: number for number, row in enumerate(different, 1)}
-    timed = any("milliseconds" in row["paper"] for row in rows)
+    timed = not summary["speed"] and shows_times(summary)
     compared = any(row["paper"] for row in rows)
     head = ["", *SHOWN, "seeds", "rank"]
     head += [*(f"paper's {name}" for name in SHOWN), "paper's rank"] if compared else []
@@ -55,47 +59,92 @@ def render(summary: dict[str, Any]) -> str:
         f"{notes[row['label']]}. {escape(row['label'])}: {escape(row['differs'])}."
         for row in different
     ]
-    tau = summary["kendall_tau"]
-    both = sum(row["rank"] is not None and row["paper_rank"] is not None for row in rows)
-    order = ""
-    if tau is not None:
-        order = f" Kendall's tau with the paper's order of {both} rows: {tau:.2f}."
     made = f"{_list(summary['iterations'])} iterations on {_list(summary['data'])}, "
     made += f"commit {_list(summary['commits'])}"
-    lines += ["", f"{escape(summary['verdict'])}{order}", ""]
-    lines += [f"Mean ± standard deviation over seeds; {made}, {_list(summary['devices'])}."]
-    said = ""
-    if summary["speed"] or timed:
-        said = (equality if summary["speed"] else unlike)(summary["unequal"], "**")
-    lines += ["", said] if said else []
+    lines += ["", escape(conclude(summary)), ""]
+    lines += [f"{explain(summary)} {made}, {_list(summary['devices'])}."]
+    for said in (compare(summary, "**"), define(summary), escape(excuse(summary))):
+        lines += ["", said] if said else []
     return "\n".join(lines) + "\n"
 
 
-def equality(unequal: dict[str, list[str]], mark: str = "") -> str:
-    """Whether rows that are compared by their speed agree in all settings.
+def shows_times(summary: dict[str, Any]) -> bool:
+    """Whether the table is one of times: of detectors, or with the paper's milliseconds."""
+    return summary["speed"] or any("milliseconds" in row["paper"] for row in summary["rows"])
+
+
+def conclude(summary: dict[str, Any]) -> str:
+    """Who won, if anyone, and how far the order is the paper's."""
+    tau = summary["kendall_tau"]
+    if tau is None:
+        return str(summary["verdict"])
+    both = sum(row["rank"] is not None and row["paper_rank"] is not None for row in summary["rows"])
+    return f"{summary['verdict']} Kendall's tau with the paper's order of {both} rows: {tau:.2f}."
+
+
+def explain(summary: dict[str, Any]) -> str:
+    """What the numbers of the table are."""
+    seeds = max((len(row["seeds"]) for row in summary["rows"]), default=0)
+    said = "Mean ± standard deviation of the sample of seeds." if seeds > 1 else "One seed."
+    if any(row["diverged"] for row in summary["rows"]):
+        said += " A training that diverged counts as AP 0."
+    return said
+
+
+def compare(summary: dict[str, Any], mark: str = "") -> str:
+    """Whether rows agree in what they must agree in to be compared; empty if it is no question.
+
+    Rows of a table of speed must agree in all settings of
+    :data:`focal_det.lab.summary.SHARED`, those with times in the machine, and all of them in
+    annotations and versions.
 
     Args:
-        unequal: of :func:`focal_det.lab.summary.unequal_settings`.
+        summary: of :func:`summarise`.
         mark: put around the sentence that they do not.
     """
-    if not unequal:
+    unequal = summary["unequal"]
+    if summary["speed"]:
+        if unequal:
+            return f"{mark}The rows do not agree in all settings.{mark} {_named(unequal)}."
         return (
-            "All rows agree in data, loaders, input, schedule, backbone, pyramid and first "
-            "weights. Times and memory are medians over seeds."
+            "All rows agree in data, loaders, input, schedule, backbone, pyramid and the "
+            "backbone's first weights. The schedule is that of FocalRetinaNet's config; none was "
+            "tuned for another detector."
         )
-    return f"{mark}The rows do not agree in all settings.{mark} {_named(unequal)}."
-
-
-def unlike(unequal: dict[str, list[str]], mark: str = "") -> str:
-    """Whether times were measured on machines that differ; empty where they were not.
-
-    Args:
-        unequal, mark: as of :func:`equality`.
-    """
-    machines = {key: values for key, values in unequal.items() if key in MACHINE}
-    if not machines:
+    timed = shows_times(summary)
+    asked = MACHINE if timed else TRAINED_WITH
+    found = {
+        key: values
+        for key, values in unequal.items()
+        if key in asked or key.startswith("annotations of ")
+    }
+    if not found:
         return ""
-    return f"{mark}The times were not measured alike.{mark} {_named(machines)}."
+    what = "times were not measured" if timed else "rows were not trained"
+    return f"{mark}The {what} alike.{mark} {_named(found)}."
+
+
+def define(summary: dict[str, Any]) -> str:
+    """What the columns of time, memory and size hold; empty for a table without them."""
+    if not summary["speed"]:
+        return ""
+    return (
+        "Times and memory are medians over seeds. Training images/s: of the median step, loading "
+        "included, evaluation not. Milliseconds: from one image in memory to its detections, over "
+        f"{TIMED} images. Peak MiB: on a CPU, of the whole process, libraries included; on a GPU, "
+        "of PyTorch's allocator. Multiply-adds: of one image, as fvcore counts. Background to "
+        "foreground: anchors or points of training, where they can be counted from outside."
+    )
+
+
+def excuse(summary: dict[str, Any]) -> str:
+    """What could not be measured, and why; empty if there is nothing."""
+    found = [
+        f"{label}, {what}: {reason}"
+        for label, reasons in summary["not_measured"].items()
+        for what, reason in reasons.items()
+    ]
+    return f"Not measured: {'; '.join(found)}." if found else ""
 
 
 def _named(unequal: dict[str, list[str]]) -> str:

@@ -17,6 +17,8 @@ from .rivals import DIFFERENCES, differences
 from .tables import Table
 
 RANKED = "AP"
+MIN_ORDERED = 4  # rows; of fewer, too many orders come about by chance to say anything of one
+MAX_CHANCE = 0.1  # of a winner among rows that are all alike
 
 # What is measured of a trial, as a median over seeds.
 MEASURES: dict[str, Callable[[Sequence[dict[str, Any]]], list[Any]]] = {
@@ -30,6 +32,9 @@ MEASURES: dict[str, Callable[[Sequence[dict[str, Any]]], list[Any]]] = {
     "peak_memory_mib": lambda found: [record["peak_memory_mib"] for record in found],
     "parameters": lambda found: [record["parameters"] for record in found],
     "gflops": lambda found: [record["gflops"] for record in found],
+    "background_per_foreground": lambda found: [
+        record["background_per_foreground"] for record in found
+    ],
 }
 # Settings in which rows that are compared by their speed and AP must agree.
 SHARED = (
@@ -56,8 +61,9 @@ def summarise(table: Table, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
         ``seeds``, ``diverged`` (how many), ``paper``, ``rank``, ``paper_rank``, ``differs`` (of the
         detector), each of :data:`MEASURES`, and ``metrics``: for each of ``AP``, ``AP50``, ...
         ``mean``, ``sd`` (of the sample, None for one seed) and ``values`` by seed; ``kendall_tau``
-        with the paper's order, None for fewer than two rows to compare; ``winner``, a label or
-        None, and ``verdict``, why; ``unequal``, see :func:`unequal_settings`; ``commits``,
+        with the paper's order, None for fewer than :data:`MIN_ORDERED` rows to compare;
+        ``winner``, a label or None, and ``verdict``, why; ``unequal``, see
+        :func:`unequal_settings`; ``not_measured``, why, by label and measurement; ``commits``,
         ``devices``, ``iterations``, ``data``; ``background_per_foreground``, anchors, a median.
     """
     by_label: dict[str, list[dict[str, Any]]] = {row.label: [] for row in table.rows}
@@ -86,6 +92,11 @@ def summarise(table: Table, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "table": table.name,
         "speed": table.speed,
         "unequal": unequal_settings(every, SHARED if table.speed else ()),
+        "not_measured": {
+            label: reasons
+            for label, records in by_label.items()
+            if (reasons := {k: x for record in records for k, x in record["not_measured"].items()})
+        },
         "title": table.title,
         "source": table.source,
         "rows": rows,
@@ -205,15 +216,15 @@ def rank_correlation(rows: Iterable[dict[str, Any]]) -> float | None:
         rows: of :func:`summarise`.
 
     Returns:
-        1 for the same order, -1 for the reverse; None for fewer than two rows that have both, or
-        where all on one side are equal.
+        1 for the same order, -1 for the reverse; None for fewer than :data:`MIN_ORDERED` rows that
+        have both, or where all on one side are equal.
     """
     pairs = [
         (row["metrics"][RANKED]["mean"], row["paper"][RANKED])
         for row in rows
         if row["metrics"][RANKED]["mean"] is not None and RANKED in row["paper"]
     ]
-    if len(pairs) < 2:
+    if len(pairs) < MIN_ORDERED:
         return None
     from scipy.stats import kendalltau  # which nothing but a sweep needs
 
@@ -225,7 +236,12 @@ def find_winner(rows: Sequence[dict[str, Any]]) -> tuple[str | None, str]:
     """The row that is ahead by more than the seeds differ.
 
     Its lowest seed must be above the highest seed of every other row. Every row must have a result,
-    of two seeds at least and of as many as the best.
+    of two seeds at least and of as many as the best. Among k rows with n_1 ... n_k seeds, N in all,
+    that have the same distribution of AP, one is so far ahead with the probability
+
+        sum_i 1 / C(N, n_i)
+
+    which must not be above :data:`MAX_CHANCE`, that is, it takes three seeds of two rows.
 
     Args:
         rows: of :func:`summarise`.
@@ -252,10 +268,16 @@ def find_winner(rows: Sequence[dict[str, Any]]) -> tuple[str | None, str]:
             f"is not above the highest of {'; '.join(near)}."
         )
     highest = max(max(_numbers(row)) for row in others)
-    return best["label"], (
+    counts = [len(_numbers(row)) for row in rows]
+    chance = sum(1 / math.comb(sum(counts), count) for count in counts)
+    ahead = (
         f"{best['label']}: its lowest seed ({lowest:.1f}) is above the highest of any other row "
         f"({highest:.1f})."
     )
+    often = f"Of rows that are all alike, one would be in {100 * chance:.2g} % of cases"
+    if chance > MAX_CHANCE:
+        return None, f"No winner yet, {ahead} {often}: more seeds will tell."
+    return best["label"], f"{ahead} {often}."
 
 
 def _numbers(row: dict[str, Any]) -> list[float]:

@@ -74,14 +74,14 @@ def test_each_data_set_has_a_folder_of_its_own(tool, few):
     assert tool.parse(["--table", "1a", "--data", few, "--output", "x"]).output == "x"
 
 
-def test_a_script_for_one_table_has_help_of_its_own(root):
+def test_a_script_for_one_table_has_help_of_its_own(root, tmp_path):
     command = [sys.executable, str(root / "tools" / "benchmark_detectors.py")]
     said = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
     assert said.startswith("usage: benchmark_detectors.py")
     assert "--table" not in said
     assert "against Detectron2's and torchvision's detectors" in said
     said = subprocess.run(
-        [*command, "--data", "digits_clutter", "--dry-run"],
+        [*command, "--data", "digits_clutter", "--dry-run", "--output", str(tmp_path)],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert "11 trials: 0 are done, 11 are to be run" in said

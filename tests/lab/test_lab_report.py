@@ -83,7 +83,7 @@ def test_a_built_in_table_stands_beside_the_paper(output):
     ]  # fmt: skip
     assert cells(page, "FL*, gamma 4, beta 0")[8:] == ["33.9", "51.8", "36.4", "2"]
     # The paper's order of the four that it has is ours.
-    assert "Kendall's tau with the paper's order: 1.00." in text
+    assert "Kendall's tau with the paper's order of 4 rows: 1.00." in text
     assert "its lowest seed (10.0) is above the highest of any other row (9.0)." in text
     assert "12 trials; 40 iterations; data seen_train / seen_val; commit abc; CPU." in text
     assert "Means: cross entropy, prior .5 1.5;" in page
@@ -101,11 +101,12 @@ def test_a_table_of_speed_has_its_columns_and_picture(output):
     ]  # fmt: skip
     speed = page[page.index("Time, memory and size") :]
     assert cells(speed, "FocalRetinaNet, focal loss") == [
-        "20.0", "10.0", "20.0", "800", "1.23", "0.50", "",
+        "20.0", "10.0", "20.0", "800", "1.23", "0.50", "100", "",
     ]  # fmt: skip
     assert cells(speed, "Detectron2 Faster R-CNN")[5] == DASH
-    assert cells(speed, "Detectron2 Faster R-CNN")[6].startswith("two stages")
+    assert cells(speed, "Detectron2 Faster R-CNN")[7].startswith("two stages")
     assert "All rows agree in data" in text
+    assert "Peak MiB: on a CPU, of the whole process" in text
     assert "AP over the time of an image, with the upper convex hull." in page
 
 
@@ -191,7 +192,9 @@ def test_what_older_records_lack_is_a_dash(output):
     page, _, problems = draw(write_sweep(output, [trial]))
     assert problems == []
     speed = page[page.index("Time, memory and size") :]
-    assert cells(speed, "FocalRetinaNet, focal loss") == [DASH, DASH, DASH, "800", DASH, DASH, ""]
+    assert cells(speed, "FocalRetinaNet, focal loss") == [
+        DASH, DASH, DASH, "800", DASH, DASH, DASH, "",
+    ]  # fmt: skip
 
 
 def test_detections_stand_beside_ground_truth(output, seen):

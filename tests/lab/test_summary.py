@@ -42,6 +42,7 @@ def record(label, seed, ap, error=None):
         "parameters": 1_230_000,
         "gflops": None,
         "background_per_foreground": 50.0 * seed,
+        "not_measured": {},
         "config": "SOLVER: {BASE_LR: 0.1}\n",
         "environment": {"commit": "abc", "device": "CPU"},
         "annotations": {"x_train": "11", "x_val": "22"},
@@ -86,34 +87,43 @@ def test_mean_spread_and_ranks():
 
 
 @pytest.mark.parametrize(
-    ("values", "tau"),
+    ("ours", "papers", "tau"),
     [
-        ({"a": [1], "b": [2], "c": [3]}, 1.0),
-        ({"a": [3], "b": [2], "c": [1]}, -1.0),
-        ({"a": [1], "b": [3], "c": [2]}, 1 / 3),  # two pairs agree, one does not
-        ({"a": [1], "b": [1], "c": [2]}, 2 / math.sqrt(2 * 3)),  # tau-b: one tie on our side
-        ({"a": [1], "d": [9]}, None),  # the paper has no number for d
-        ({"a": [5], "b": [5]}, None),
+        ([1, 2, 3, 4], [10, 20, 30, 40], 1.0),
+        ([4, 3, 2, 1], [10, 20, 30, 40], -1.0),
+        ([1, 3, 2, 4], [10, 20, 30, 40], 4 / 6),  # five pairs agree, one does not
+        ([1, 1, 2, 3], [10, 20, 30, 40], 5 / math.sqrt(5 * 6)),  # tau-b: one tie on our side
+        ([1, 2, 3, 4, 9, None], [10, 20, 30, 40, None, 1], 1.0),  # what one side lacks
+        ([1, 2, 3], [10, 20, 30], None),  # one of six orders: nothing
+        ([1, 2, 3, 4], [10, 20, 30, None], None),
+        ([5, 5, 5, 5], [10, 20, 30, 40], None),
     ],
 )
-def test_kendalls_tau_with_the_papers_order(values, tau):
-    assert made(**values)["kendall_tau"] == (None if tau is None else pytest.approx(tau))
+def test_kendalls_tau_with_the_papers_order(ours, papers, tau):
+    rows = [
+        {"metrics": {"AP": {"mean": ap}}, "paper": {} if its is None else {"AP": its}}
+        for ap, its in zip(ours, papers, strict=True)
+    ]
+    assert summary.rank_correlation(rows) == (None if tau is None else pytest.approx(tau))
 
 
 @pytest.mark.parametrize(
-    "values",
+    ("values", "chance"),
     [
-        {"a": [10.0, 11.0], "b": [11.5, 15.5]},
-        {"a": [0.0, 0.0], "b": [15.0, 16.0]},  # the others led to nothing
-        {"a": [1.0, 2.0, 3.0], "b": [15.0, 16.0]},
+        # Of 20 ways to say which three of six belong to a row, one puts it on top; of two rows.
+        ({"a": [9.0, 10.0, 11.0], "b": [11.5, 13.0, 15.5]}, "10"),
+        ({"a": [0.0, 0.0, 0.0], "b": [15.0, 16.0, 17.0]}, "10"),  # the others led to nothing
+        ({"a": [1.0, 2.0, 3.0, 4.0], "b": [15.0, 16.0, 17.0]}, "5.7"),  # 2 of 35
+        ({"a": [1.0, 1.0], "b": [9.0, 9.5], "c": [2.0, 2.0], "d": [3.0, 3.0]}, "14"),  # 4 of 28
     ],
 )
-def test_the_winner_is_ahead_by_more_than_the_seeds_differ(values):
+def test_the_winner_is_ahead_by_more_than_the_seeds_differ(values, chance):
     found = of_rows(**values)
-    assert found["winner"] == "b"
-    lowest, highest = values["b"][0], max(values["a"])
-    assert f"lowest seed ({lowest})" in found["verdict"]
+    assert found["winner"] == ("b" if float(chance) <= 10 else None)
+    highest = max(max(aps) for label, aps in values.items() if label != "b")
+    assert f"lowest seed ({values['b'][0]})" in found["verdict"]
     assert f"the highest of any other row ({highest})" in found["verdict"]
+    assert f"rows that are all alike, one would be in {chance} % of cases" in found["verdict"]
 
 
 @pytest.mark.parametrize(
@@ -127,6 +137,7 @@ def test_the_winner_is_ahead_by_more_than_the_seeds_differ(values):
             {"a": [10.0, 12.0], "b": [12.0, 15.5]},
             "its lowest seed (12.0) is not above the highest of a",
         ),
+        ({"a": [10.0, 11.0], "b": [15.0, 16.0]}, "in 33 % of cases: more seeds will tell"),
         ({"a": [10.0], "b": [15.0]}, "one seed says nothing of the spread (b is highest)"),
         ({"a": [10.0], "b": [15.0, 16.0]}, "fewer seeds than of b of a"),
         ({"a": [10.0, 11.0], "b": [15.0, 16.0], "c": []}, "no result of c"),
@@ -152,18 +163,26 @@ def test_a_training_that_diverged_counts_as_nothing_and_is_named():
     )
     assert row(found, "a")["metrics"]["AP"]["values"] == [0.0, 8.0]
     assert row(found, "a")["diverged"] == 1
-    assert "| 2 (1 diverged) |" in markdown.render(found)
+    text = markdown.render(found)
+    assert "| 2 (1 diverged) |" in text
+    assert "A training that diverged counts as AP 0." in text
+    assert "diverged" not in markdown.render(made(a=[1.0]))
 
 
 def test_markdown_has_the_papers_column_and_marks_the_winner():
-    text = markdown.render(of_rows(a=[10.0, 11.0], b=[11.5, 15.5]))
+    text = markdown.render(of_rows(a=[9.0, 10.0, 11.0], b=[11.5, 13.5, 15.5]))
     lines = text.splitlines()
     assert lines[0] == "### A table"
     cells = [cell.strip() for cell in next(x for x in lines if "**b**" in x).split("|")]
-    assert cells[1:] == ["**b**", "13.5 ± 2.8", "", "", "2", "1", "31.0", "50.0", "", "1", ""]
-    assert "Kendall's tau with the paper's order of 2 rows: 1.00." in text
-    assert "10 iterations on x_train / x_val, commit abc, CPU." in text
+    assert cells[1:] == ["**b**", "13.5 ± 2.0", "", "", "3", "1", "31.0", "50.0", "", "1", ""]
+    assert "Kendall's tau" not in text  # of two rows
+    assert (
+        "Mean ± standard deviation of the sample of seeds. "
+        "10 iterations on x_train / x_val, commit abc, CPU." in text
+    )
     assert "ms an image" not in text
+    assert "alike." not in text
+    assert "One seed. 10 iterations" in markdown.render(made(a=[1.0]))
     json.dumps(made(a=[1.0]), allow_nan=False)
 
 
@@ -181,12 +200,14 @@ def test_a_table_of_speed_shows_it_and_what_differs(root):
         if x.count("|") > 9
     }
     assert "paper's AP" not in text
-    assert cells["ours"][7:13] == ["8.0", "20.0", "99.0", "800", "1.23", ""]
-    assert (cells["ours"][13], cells["other"][13]) == ("", "1")
+    assert cells["ours"][7:14] == ["8.0", "20.0", "99.0", "800", "1.23", "", "100"]
+    assert (cells["ours"][14], cells["other"][14]) == ("", "1")
     (note,) = re.findall(r"^1\. other: (.*)\.$", text, re.M)
     assert note == " ".join(differences(cfg, "faster_rcnn").split())
     assert len(note) > len(DIFFERENCES["faster_rcnn"])  # what the config adds
     assert "All rows agree in data" in text
+    assert "none was tuned for another detector" in text
+    assert "Milliseconds: from one image in memory to its detections, over 40 images." in text
     cfg.SOLVER.BASE_LR = 0.3
     other = {**record("other", 1, 5.0), "config": cfg.dump()}
     other["environment"] = {"commit": "abc", "device": "a GPU"}
@@ -208,6 +229,27 @@ def test_times_of_machines_that_differ_are_not_compared_silently():
     found[1]["environment"] = {"commit": "def", "device": "CPU", "cpu": "a faster one"}
     said = markdown.render(summary.summarise(table, found))
     assert "**The times were not measured alike.** cpu: None or a faster one." in said
+
+
+def test_rows_that_were_not_trained_alike_are_not_compared_silently():
+    """Where no times are shown, machines may differ, but not versions or annotations."""
+    rows = (Row("a", {}, {"AP": 1.0}), Row("b", {}))
+    found = [record("a", 1, 10.0), record("b", 1, 12.0)]
+    found[1]["environment"] |= {"cpu": "a faster one", "commit": "def"}
+    assert "alike" not in markdown.render(summary.summarise(Table("t", "T", "", rows), found))
+    found[1]["environment"]["torch"] = "9.9"
+    found[1]["annotations"] = {"x_train": "33"}
+    said = markdown.render(summary.summarise(Table("t", "T", "", rows), found))
+    assert (
+        "**The rows were not trained alike.** torch: 9.9 or None; annotations of x_train: 11 or 33."
+    ) in said
+
+
+def test_what_could_not_be_measured_has_its_reason():
+    found = record("a", 1, 10.0) | {"not_measured": {"operations": "RuntimeError: no <trace>"}}
+    text = markdown.render(summary.summarise(TABLE, [found]))
+    assert "Not measured: a, operations: RuntimeError: no &lt;trace>." in text
+    assert "Not measured" not in markdown.render(made(a=[1.0]))
 
 
 def test_a_users_own_words_stay_words():

@@ -23,7 +23,7 @@ SUMMARY_PARTS = frozenset(
 )  # fmt: skip
 ROW_PARTS = frozenset({"label", "seeds", "diverged", "paper", "metrics", "rank", "paper_rank"})
 # What summaries of earlier versions lack.
-SINCE: dict[str, Any] = {"speed": False, "unequal": {}}
+SINCE: dict[str, Any] = {"speed": False, "unequal": {}, "not_measured": {}}
 ROW_SINCE: dict[str, Any] = {**dict.fromkeys(MEASURES), "differs": "", "overrides": {}}
 
 

@@ -10,7 +10,15 @@ from focal_det.analysis.page import Place
 from focal_det.analysis.records import METRICS
 from focal_det.lab import charts
 from focal_det.lab.figures import speed_picture
-from focal_det.lab.markdown import SPEED, equality, unlike
+from focal_det.lab.markdown import (
+    SPEED,
+    compare,
+    conclude,
+    define,
+    excuse,
+    explain,
+    shows_times,
+)
 from focal_det.lab.summary import RANKED, name_data
 
 from .finding import Found
@@ -67,9 +75,7 @@ def data_of(outcome: Outcome) -> str:
 
 
 def _verdict(summary: dict[str, Any]) -> str:
-    tau = summary["kendall_tau"]
-    order = "" if tau is None else f" Kendall's tau with the paper's order: {tau:.2f}."
-    return f"<p>{escape(summary['verdict'] + order)}</p>"
+    return f"<p>{escape(conclude(summary))}</p>"
 
 
 def _results(summary: dict[str, Any], place: Place) -> str:
@@ -91,10 +97,12 @@ def _results(summary: dict[str, Any], place: Place) -> str:
         lines.append(page.row(name, cells, css_class="best" if won else ""))
     return (
         place.table("Box AP in percent, mean ± standard deviation over seeds", head, lines)
-        + '\n<p class="soft">A training that diverged counts as AP 0. Spread is the standard '
-        "deviation of the sample, which one seed has not. A dash is a number that is missing"
+        + f'\n<p class="soft">{escape(explain(summary))} A dash is a number that is missing'
         + (", or that the paper does not give" if compared else "")
         + ".</p>"
+        + "".join(
+            f"\n<p>{escape(said)}</p>" for said in (compare(summary), excuse(summary)) if said
+        )
     )
 
 
@@ -135,9 +143,9 @@ def _wide(title: str, drawn: bytes, alt: str, place: Place) -> str:
 def _speed(summary: dict[str, Any], place: Place) -> str:
     """Time, memory and size where the table is about them; nothing elsewhere."""
     rows = summary["rows"]
-    timed = any("milliseconds" in row["paper"] for row in rows)
-    if not summary["speed"] and not timed:
+    if not shows_times(summary):
         return ""
+    timed = any("milliseconds" in row["paper"] for row in rows)
     measured = SPEED if summary["speed"] else {"ms an image": ("inference_ms", 1.0, ".1f")}
     head = ["Row", *(name[0].upper() + name[1:] for name in measured)]
     head += ["Paper's ms"] if timed else []
@@ -152,9 +160,8 @@ def _speed(summary: dict[str, Any], place: Place) -> str:
         lines.append(page.row(escape(row["label"]), cells, text=differs))
     text = "What differs" if summary["speed"] else ""
     body = place.table("Time, memory and size, medians over seeds", head, lines, text=text)
-    agree = equality if summary["speed"] else unlike
-    said = agree(summary["unequal"])
-    body += f"\n<p>{escape(said)}</p>" if said else ""
+    said = define(summary)
+    body += f'\n<p class="soft">{escape(said)}</p>' if said else ""
     return place.section("Speed", body + _speed_picture(summary, place))
 
 
