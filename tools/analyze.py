@@ -76,6 +76,13 @@ def find_loss_cdf(args: argparse.Namespace) -> int:
         image_format=cfg.INPUT.FORMAT,
     )
     images = images[: args.images]
+    trained = setting(CfgNode.load_cfg(cfg.dump()))
+    # Before all images have been looked at: files may have changed by then.
+    traced = {
+        "annotations": fingerprints(cfg.DATASETS.TEST),
+        "weights": fingerprint(PathManager.get_local_path(cfg.MODEL.WEIGHTS)),
+        "settings": {key: x for key, x in sorted(trained) if key != "MODEL.WEIGHTS"},
+    }
     for record in tqdm(images, unit="image", **bar_options()):
         cdf.add(*examples(model, mapper(record)))
     try:
@@ -84,11 +91,8 @@ def find_loss_cdf(args: argparse.Namespace) -> int:
         raise ValueError(f"{', '.join(cfg.DATASETS.TEST)}: {error}") from error
     made["images"] = len(images)
     made["data"] = list(cfg.DATASETS.TEST)
-    made["annotations"] = fingerprints(cfg.DATASETS.TEST)
     made["loss"] = cfg.MODEL.FOCAL_DET.LOSS.NAME
-    made["weights"] = fingerprint(PathManager.get_local_path(cfg.MODEL.WEIGHTS))
-    trained = setting(CfgNode.load_cfg(cfg.dump()))
-    made["settings"] = {key: x for key, x in sorted(trained) if key != "MODEL.WEIGHTS"}
+    made |= traced
     made["environment"] = records.environment(cfg.MODEL.DEVICE)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     records.save(made, args.output)
@@ -150,8 +154,8 @@ def describe(ratio: float, traced: dict[str, Any], clipped: bool) -> str:
     if clipped != traced["clipped_gradients"]:
         lines.append(
             f"Measured with SOLVER.CLIP_GRADIENTS.ENABLED {traced['clipped_gradients']}, and your "
-            f"config says {clipped}. At one learning rate the order hangs on it: docs/results.md, "
-            '"Without clipped gradients".'
+            f"config says {clipped}. Where that was tried, with one seed, the order was another: "
+            'docs/results.md, "Without clipped gradients".'
         )
     if advice["first"] is None:
         lines.append("That is too little to say which to try first: no AP, or a row of one seed.")

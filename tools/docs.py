@@ -144,15 +144,17 @@ def lab_tables() -> dict[str, Callable[[], str]]:
 def figure_data() -> dict[str, Any]:
     """What figures are drawn from, by the name of the figure."""
     pairs = [pair for tables in sweeps().values() for pair in tables.items()]
-    data = {"2": read(PAPER_SPEED)}
+    fights = [made for name, made in pairs if name == "detectors"]
+    whole = [made for made in fights if all(row["seeds"] for row in made["rows"])]
+    data = {"2": read(PAPER_SPEED) | figures.speed_panels(whole)}
     for name, made in pairs:
-        if name == "detectors" and all(row["seeds"] for row in made["rows"]):
-            data["2"][figures.speed_title(made)] = figures.speed_points(made)
         if name == "7" and all(row["seeds"] for row in made["rows"]):
             data["7"] = made
     over_ratio = [x for x in kept_sweeps().values() if "imbalance" in x.tables]
-    (clipped,) = {x.base_config(ROOT).SOLVER.CLIP_GRADIENTS.ENABLED for x in over_ratio}
-    traced = imbalance.trace((sweeps()[x.name]["imbalance"] for x in over_ratio), clipped)
+    clipped = {x.base_config(ROOT).SOLVER.CLIP_GRADIENTS.ENABLED for x in over_ratio}
+    if len(clipped) > 1:
+        raise ValueError("sweeps over the ratio must agree in SOLVER.CLIP_GRADIENTS.ENABLED")
+    traced = imbalance.trace((sweeps()[x.name]["imbalance"] for x in over_ratio), *clipped)
     if len(traced["points"]) > 1:
         data["imbalance"] = traced
     return data

@@ -65,18 +65,13 @@ def speed_groups(*contents: Any) -> dict[str, Any]:
     """Panels of Figure 2: of one file that has them, or the paper's and one of each summary.
 
     Raises:
-        ValueError: a summary without an AP and a time in any row.
+        ValueError: see :func:`focal_det.lab.figures.speed_panels`.
     """
     if not all("rows" in content for content in contents):
         (groups,) = contents
         return dict(groups)
-    groups = json.loads(PAPER_SPEED.read_text(encoding="utf-8"))
-    for summary in contents:
-        points = figures.speed_points(summary)
-        if not points:
-            raise ValueError("no row has both an AP and a time")
-        groups[figures.speed_title(summary)] = points
-    return groups
+    paper: dict[str, Any] = json.loads(PAPER_SPEED.read_text(encoding="utf-8"))
+    return paper | figures.speed_panels(contents)
 
 
 def over_ratio(*contents: Any) -> dict[str, Any]:

@@ -171,7 +171,8 @@ def figure_2(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 
 
 def _places(axes: Axes, at: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Where the numbers 1, 2, ... of points go: near them, off all points and other numbers.
+    """Where the numbers 1, 2, ... of points go: near them, and where it can be, off all points and
+    other numbers.
 
     Args:
         axes: whose limits do not change any more.
@@ -226,13 +227,27 @@ def speed_points(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def speed_title(summary: Mapping[str, Any]) -> str:
-    """What a panel of Figure 2 is called: data and devices.
+def speed_panels(summaries: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Panels of Figure 2, a sweep each, by their titles: data, iterations and devices.
 
     Args:
-        summary: of :func:`focal_det.lab.summary.summarise`.
+        summaries: of :func:`focal_det.lab.summary.summarise`.
+
+    Raises:
+        ValueError: a sweep without both an AP and a time in any row, or two that cannot be told
+            apart.
     """
-    return f"{', '.join(summary['data'])}; {', '.join(summary['devices'])}"
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for summary in summaries:
+        iterations = ", ".join(map(str, summary["iterations"]))
+        title = f"{', '.join(summary['data'])}; {iterations} it.; {', '.join(summary['devices'])}"
+        points = speed_points(summary)
+        if not points:
+            raise ValueError(f"{title}: no row has both an AP and a time")
+        if title in panels:
+            raise ValueError(f"two sweeps of {title}")
+        panels[title] = points
+    return panels
 
 
 def speed_picture(summary: Mapping[str, Any]) -> Figure | None:

@@ -21,10 +21,9 @@ def trace(summaries: Iterable[Mapping[str, Any]], clipped: bool | None = None) -
 
     Returns:
         ``labels`` of the rows, ``settings`` (the overrides of each label), ``clipped_gradients``
-        (`clipped`), and ``points`` by rising
-        ratio: ``data``, ``background_per_foreground``, ``iterations``, ``commits``,
-        ``devices``, and ``AP`` by label: ``mean``, ``sd`` and ``values`` of the seeds. Sets
-        without a ratio or a result are left out.
+        (`clipped`), and ``points`` by rising ratio: ``data``, ``background_per_foreground``,
+        ``iterations``, ``commits``, ``devices``, and ``AP`` by label: ``mean``, ``sd`` and
+        ``values`` of the seeds. Sets without a ratio or a result are left out.
     """
     points, settings = [], {}
     for made in summaries:

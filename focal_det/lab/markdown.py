@@ -85,6 +85,8 @@ def conclude(summary: dict[str, Any]) -> str:
 def explain(summary: dict[str, Any]) -> str:
     """What the numbers of the table are."""
     seeds = max((len(row["seeds"]) for row in summary["rows"]), default=0)
+    if seeds == 0:
+        return "No result yet."
     said = "Mean ± standard deviation of the sample of seeds." if seeds > 1 else "One seed."
     if any(row["diverged"] for row in summary["rows"]):
         said += " A training that diverged counts as AP 0."
@@ -111,17 +113,17 @@ def compare(summary: dict[str, Any], mark: str = "") -> str:
             "backbone's first weights. The schedule is that of FocalRetinaNet's config; none was "
             "tuned for another detector."
         )
-    timed = shows_times(summary)
-    asked = MACHINE if timed else TRAINED_WITH
-    found = {
-        key: values
-        for key, values in unequal.items()
-        if key in asked or key.startswith("annotations of ")
-    }
-    if not found:
-        return ""
-    what = "times were not measured" if timed else "rows were not trained"
-    return f"{mark}The {what} alike.{mark} {_named(found)}."
+    trained, timed = {}, {}
+    for key, values in unequal.items():
+        if key in TRAINED_WITH or key.startswith("annotations of "):
+            trained[key] = values
+        elif key in MACHINE and shows_times(summary):
+            timed[key] = values
+    return " ".join(
+        f"{mark}The {what} alike.{mark} {_named(found)}."
+        for what, found in (("rows were not trained", trained), ("times were not measured", timed))
+        if found
+    )
 
 
 def define(summary: dict[str, Any]) -> str:
@@ -133,16 +135,19 @@ def define(summary: dict[str, Any]) -> str:
         "included, evaluation not. Milliseconds: from one image in memory to its detections, over "
         f"{TIMED} images. Peak MiB: on a CPU, of the whole process, libraries included; on a GPU, "
         "of PyTorch's allocator. Multiply-adds: of one image, as fvcore counts. Background to "
-        "foreground: anchors or points of training, where they can be counted from outside."
+        "foreground: anchors of training, of FCOS points, where they were counted."
     )
 
 
 def excuse(summary: dict[str, Any]) -> str:
     """What could not be measured, and why; empty if there is nothing."""
+    if not shows_times(summary):
+        return ""
+    columns = {measure: column for column, (measure, _, _) in SPEED.items()}
     found = [
-        f"{label}, {what}: {reason}"
-        for label, reasons in summary["not_measured"].items()
-        for what, reason in reasons.items()
+        f"{row['label']}, {columns[measure]}: {reason}"
+        for row in summary["rows"]
+        for measure, reason in row["not_measured"].items()
     ]
     return f"Not measured: {'; '.join(found)}." if found else ""
 

@@ -13,17 +13,23 @@ from typing import Any, TypeVar
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
-    DatasetMapper,
     MetadataCatalog,
     build_detection_test_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.data import transforms as T
 from detectron2.modeling.meta_arch.fcos import FCOS
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.analysis import FlopCountAnalysis
 from torch import nn
 
-from focal_det.data.checks import anchor_setup, foreground_ratio, usable_objects
+from focal_det.data.checks import (
+    Objects,
+    anchor_setup,
+    empty_features,
+    foreground_ratio,
+    resized,
+    usable_objects,
+)
 
 # Below Detectron2's logger, whose handlers every Detectron2 script sets up.
 logger = logging.getLogger(f"detectron2.{__name__}")
@@ -42,7 +48,7 @@ def attempt(what: str, measure: Callable[[], Value], not_measured: dict[str, str
     Training is over by then, and a model of somebody else's may raise anything.
 
     Args:
-        what: is measured.
+        what: is measured, as records call it.
         measure: does it.
         not_measured: gets the reason of a failure, by `what`.
     """
@@ -139,8 +145,7 @@ def background_per_foreground(cfg: CfgNode, model: Any) -> float | None:
 
     Args:
         cfg: whose training sets are meant.
-        model: of Detectron2's FCOS, whose points are counted instead, left in evaluation mode; of
-            no matter for detectors with anchors.
+        model: if it is Detectron2's FCOS, its points are counted instead.
 
     Returns:
         None without a foreground anchor, or for a detector without such anchors or points.
@@ -159,16 +164,15 @@ def background_per_foreground(cfg: CfgNode, model: Any) -> float | None:
 @torch.no_grad()
 def _count_points(cfg: CfgNode, model: FCOS) -> float | None:
     """By the model's own rule, on the images and at the size of :func:`count_anchors`."""
-    size = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-    # For the boxes, which a mapper for evaluation leaves out.
-    mapper = DatasetMapper(is_train=True, augmentations=[size], image_format=cfg.INPUT.FORMAT)
-    model.eval()
+    setup, generator = anchor_setup(cfg), model.anchor_generator
     foreground = background = 0
-    for record in _some(_records(cfg)):
-        sample = mapper(record)
-        features = model.backbone(model.preprocess_image([sample]).tensor)
-        points = model.anchor_generator([features[name] for name in model.head_in_features])
-        (labels,), _ = model.label_anchors(points, [sample["instances"].to(model.device)])
+    for image in _counted(cfg):
+        boxes, (height, width) = resized(image, setup)
+        features = empty_features(height, width, generator.strides)
+        points = generator([feature.to(model.device) for feature in features])
+        objects = Instances((height, width), gt_boxes=Boxes(boxes))
+        objects.gt_classes = torch.zeros(len(boxes), dtype=torch.int64)
+        (labels,), _ = model.label_anchors(points, [objects.to(model.device)])
         found = int((labels != model.num_classes).sum())
         foreground, background = foreground + found, background + len(labels) - found
     return background / foreground if foreground else None
@@ -185,16 +189,12 @@ def count_anchors(cfg: CfgNode) -> dict[str, Any]:
     Raises:
         ValueError: the config's anchors are not Detectron2's.
     """
-    return foreground_ratio(_some(usable_objects(_records(cfg))), anchor_setup(cfg))
+    return foreground_ratio(_counted(cfg), anchor_setup(cfg))
 
 
-def _records(cfg: CfgNode) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = get_detection_dataset_dicts(
+def _counted(cfg: CfgNode) -> list[Objects]:
+    records = get_detection_dataset_dicts(
         list(cfg.DATASETS.TRAIN), cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     )
-    return found
-
-
-def _some(images: list[Value]) -> list[Value]:
-    """No more than are counted, evenly spaced."""
+    images = usable_objects(records)
     return images[:: max(1, -(-len(images) // COUNTED))]

@@ -58,11 +58,11 @@ def run_trial(
         A record: what was run (``table``, ``label``, ``overrides``, ``seed``, ``iterations``,
         ``processes``, ``key``), ``data`` and ``annotations`` (a hash by data set), ``metrics`` in
         percent, ``curves``, ``seconds``, ``resumed_from``, ``images_per_second`` of the median
-        step, ``parameters``, ``gflops`` of an image, ``background_per_foreground`` (anchors),
-        ``peak_memory_mib`` until the last step (the main process), ``inference_ms`` (median and
-        95th percentile, one image), ``environment``, and ``error``, why training was given up
-        (``OUTPUT`` in it is the folder above ``folder``'s parent, that of the sweep), or None.
-        What could not be measured is None, and ``not_measured`` says why.
+        step, ``parameters``, ``gflops`` of an image, ``background_per_foreground`` (anchors, of
+        FCOS points), ``peak_memory_mib`` until the last step (the main process), ``inference_ms``
+        (median and 95th percentile, one image), ``environment``, and ``error``, why training was
+        given up (``OUTPUT`` in it is the folder above ``folder``'s parent, that of the sweep), or
+        None. What could not be measured is None, and ``not_measured`` says why.
 
     Raises:
         RuntimeError: another process runs this trial in this folder.
@@ -182,6 +182,11 @@ def _train(cfg: CfgNode, measured: Path, report: Report | None) -> None:
         for path in Path(cfg.OUTPUT_DIR).glob("model_[0-9]*.pth"):
             path.unlink()  # model_final.pth is there
         model: Any = getattr(trainer.model, "module", trainer.model)
+        measures: dict[str, Callable[[], Any]] = {
+            "inference_ms": lambda: time_inference(cfg, model),
+            "gflops": lambda: count_gflops(cfg, model),
+            "background_per_foreground": lambda: background_per_foreground(cfg, model),
+        }
         not_measured: dict[str, str] = {}
         facts = {
             "seconds": clock.seconds,
@@ -189,11 +194,7 @@ def _train(cfg: CfgNode, measured: Path, report: Report | None) -> None:
             "images_per_second": clock.images_per_second(),
             "peak_memory_mib": clock.peak_memory_mib,
             "parameters": sum(x.numel() for x in model.parameters()),
-            "inference_ms": attempt("inference", lambda: time_inference(cfg, model), not_measured),
-            "gflops": attempt("operations", lambda: count_gflops(cfg, model), not_measured),
-            "background_per_foreground": attempt(
-                "foreground ratio", lambda: background_per_foreground(cfg, model), not_measured
-            ),
+            **{name: attempt(name, measure, not_measured) for name, measure in measures.items()},
             "not_measured": not_measured,
         }
         records.save(facts, measured)

@@ -46,6 +46,7 @@ SHARED = (
     "TEST.DETECTIONS_PER_IMAGE",
 )  # fmt: skip
 OURS = "focal_det"
+ANCHORED = frozenset({OURS, "retinanet", "torchvision_retinanet"})
 MACHINE = ("device", "cpu", "torch", "torchvision", "detectron2", "processes")
 
 
@@ -59,12 +60,13 @@ def summarise(table: Table, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         ``table``, ``title``, ``source``, ``speed``; ``rows`` with ``label``, ``overrides``,
         ``seeds``, ``diverged`` (how many), ``paper``, ``rank``, ``paper_rank``, ``differs`` (of the
-        detector), each of :data:`MEASURES`, and ``metrics``: for each of ``AP``, ``AP50``, ...
+        detector), each of :data:`MEASURES`, ``not_measured`` (why, by those that no seed has),
+        and ``metrics``: for each of ``AP``, ``AP50``, ...
         ``mean``, ``sd`` (of the sample, None for one seed) and ``values`` by seed; ``kendall_tau``
         with the paper's order, None for fewer than :data:`MIN_ORDERED` rows to compare;
         ``winner``, a label or None, and ``verdict``, why; ``unequal``, see
-        :func:`unequal_settings`; ``not_measured``, why, by label and measurement; ``commits``,
-        ``devices``, ``iterations``, ``data``; ``background_per_foreground``, anchors, a median.
+        :func:`unequal_settings`; ``commits``, ``devices``, ``iterations``, ``data``;
+        ``background_per_foreground``, a median of the rows with anchors.
     """
     by_label: dict[str, list[dict[str, Any]]] = {row.label: [] for row in table.rows}
     for record in found:
@@ -85,18 +87,16 @@ def summarise(table: Table, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
                 "differs": _differs(of_row, row.detector),
             }
         )
+        reasons = {key: x for record in of_row for key, x in record["not_measured"].items()}
+        rows[-1]["not_measured"] = {k: x for k, x in reasons.items() if rows[-1][k] is None}
     _rank(rows)
     every = [record for records in by_label.values() for record in records]
     winner, verdict = find_winner(rows)
+    anchored = {row.label for row in table.rows if row.detector in ANCHORED}
     return {
         "table": table.name,
         "speed": table.speed,
         "unequal": unequal_settings(every, SHARED if table.speed else ()),
-        "not_measured": {
-            label: reasons
-            for label, records in by_label.items()
-            if (reasons := {k: x for record in records for k, x in record["not_measured"].items()})
-        },
         "title": table.title,
         "source": table.source,
         "rows": rows,
@@ -108,7 +108,7 @@ def summarise(table: Table, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "iterations": sorted({record["iterations"] for record in every}),
         "data": sorted({name_data(record) for record in every}),
         "background_per_foreground": _median(
-            record["background_per_foreground"] for record in every
+            record["background_per_foreground"] for record in every if record["label"] in anchored
         ),
     }
 
@@ -236,12 +236,13 @@ def find_winner(rows: Sequence[dict[str, Any]]) -> tuple[str | None, str]:
     """The row that is ahead by more than the seeds differ.
 
     Its lowest seed must be above the highest seed of every other row. Every row must have a result,
-    of two seeds at least and of as many as the best. Among k rows with n_1 ... n_k seeds, N in all,
-    that have the same distribution of AP, one is so far ahead with the probability
+    of two seeds at least and of as many as the best. Among rows that all have the same distribution
+    of AP, N seeds together, one of the k that have the fewest, n, is so far ahead with the
+    probability
 
-        sum_i 1 / C(N, n_i)
+        k / C(N, n)
 
-    which must not be above :data:`MAX_CHANCE`, that is, it takes three seeds of two rows.
+    which must not be above :data:`MAX_CHANCE`: of two rows it takes three seeds each.
 
     Args:
         rows: of :func:`summarise`.
@@ -269,14 +270,15 @@ def find_winner(rows: Sequence[dict[str, Any]]) -> tuple[str | None, str]:
         )
     highest = max(max(_numbers(row)) for row in others)
     counts = [len(_numbers(row)) for row in rows]
-    chance = sum(1 / math.comb(sum(counts), count) for count in counts)
+    fewest = min(counts)
+    chance = counts.count(fewest) / math.comb(sum(counts), fewest)
     ahead = (
         f"{best['label']}: its lowest seed ({lowest:.1f}) is above the highest of any other row "
         f"({highest:.1f})."
     )
-    often = f"Of rows that are all alike, one would be in {100 * chance:.2g} % of cases"
+    often = f"Among rows that are all alike, one is so far ahead in {100 * chance:.2g} % of cases"
     if chance > MAX_CHANCE:
-        return None, f"No winner yet, {ahead} {often}: more seeds will tell."
+        return None, f"No winner yet. {ahead} {often}: more seeds will tell."
     return best["label"], f"{ahead} {often}."
 
 

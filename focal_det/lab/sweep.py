@@ -37,7 +37,8 @@ class Progress:
     """Iterations of all trials of a sweep, as a bar.
 
     What an earlier try of a trial has done is done, but says nothing of the pace; what a trial that
-    ends early leaves out need not be waited for.
+    ends early leaves out need not be waited for. A trial of several processes is not looked into:
+    it counts when it ends.
 
     Attributes:
         bar: with its own context.
@@ -54,12 +55,12 @@ class Progress:
 
     def see(self, trial: Trial, iterations: int) -> None:
         """A trial has finished so many; first of all those that it began with."""
-        if trial.key not in self._seen:
+        if trial.key in self._seen:
+            self.bar.update(max(0, iterations - self._seen[trial.key]))
+        elif not self.bar.disable:  # by TQDM_DISABLE: it has no such numbers then
             self.bar.initial += iterations
             self.bar.last_print_n += iterations
             self.bar.n += iterations
-        else:
-            self.bar.update(max(0, iterations - self._seen[trial.key]))
         self._seen[trial.key] = max(iterations, self._seen.get(trial.key, 0))
 
     def end(self, trial: Trial, complete: bool) -> None:

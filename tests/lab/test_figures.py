@@ -227,7 +227,10 @@ def test_figures_are_drawn_from_what_sweeps_write(plot, load_tool, tmp_path):
     assert (tmp_path / "out" / "figure_imbalance.svg").is_file()
     tool, contents = load_tool("plot"), [json.loads(path.read_text()) for path in paths]
     panels = tool.speed_groups(*contents)
-    assert [title.split(",")[0] for title in panels][1:] == ["set 1; CPU", "set 2; CPU"]
-    assert [point["AP"] for point in panels["set 2; CPU"]] == [20.0, 20.0]
+    titles = [f"set {number}; 40 it.; CPU" for number in (1, 2)]
+    assert list(panels)[1:] == titles
+    assert [point["AP"] for point in panels[titles[1]]] == [20.0, 20.0]
+    with pytest.raises(ValueError, match=r"two sweeps of set 1; 40 it\.; CPU"):
+        tool.speed_groups(contents[0], contents[0])
     traced = tool.over_ratio(*contents)
     assert [x["AP"]["CE"]["mean"] for x in traced["points"]] == [10.0, 20.0]

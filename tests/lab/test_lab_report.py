@@ -110,6 +110,19 @@ def test_a_table_of_speed_has_its_columns_and_picture(output):
     assert "AP over the time of an image, with the upper convex hull." in page
 
 
+def test_what_is_said_of_a_winner_does_not_hang_on_the_version_that_kept_the_numbers(output):
+    trials = [make_trial(x, seed, ap) for x, ap in (("a", 3.0), ("b", 5.0)) for seed in (1, 2)]
+    write_sweep(output, trials)
+    made = summarise(Table("mine", "My rates", "", (Row("a", {}), Row("b", {}))), trials)
+    old = made | {"winner": "b", "verdict": "b wins.", "kendall_tau": 1.0}
+    (output / "mine.json").write_text(json.dumps(old))
+    page, text, _ = draw(output)
+    assert headings(page)[0] == "My rates"
+    assert "b wins" not in text
+    assert "tau" not in text
+    assert "ahead in 33 % of cases: more seeds will tell." in text
+
+
 def test_a_table_of_the_users_own_is_that_which_ablate_kept(output):
     trials = [make_trial("a", ap=3.0), make_trial("b", ap=5.0)]
     write_sweep(output, trials)

@@ -101,6 +101,18 @@ def test_latency_is_in_milliseconds_without_the_first_images(
     assert found == {"median": pytest.approx(median), "p95": pytest.approx(p95)}
 
 
+def test_a_measurement_that_fails_costs_no_trial_and_leaves_its_reason():
+    reasons = {}
+    assert measuring.attempt("gflops", lambda: 3.0, reasons) == 3.0
+    assert reasons == {}
+
+    def fail():
+        raise AttributeError("a model of somebody else's\nand more")
+
+    assert measuring.attempt("gflops", fail, reasons) is None
+    assert reasons == {"gflops": "AttributeError: a model of somebody else's"}
+
+
 def test_operations_of_a_convolution_are_those_worked_out_by_hand(cfg, monkeypatch):
     class Model(nn.Module):
         def __init__(self):

@@ -47,6 +47,7 @@ def test_the_bar_counts_what_is_left_and_its_pace_what_was_done_now():
     progress.see(resumed, 60)  # where its checkpoint was
     progress.see(diverges, 0)
     assert (bar.n, bar.initial, bar.total) == (60, 60, 300)
+    assert bar.n - bar.last_print_n == 0  # what the smoothed pace is made of
     progress.see(resumed, 70)
     progress.see(diverges, 10)
     assert (bar.n, bar.initial, bar.total) == (80, 60, 300)
@@ -59,6 +60,16 @@ def test_the_bar_counts_what_is_left_and_its_pace_what_was_done_now():
     assert (bar.n, bar.initial, bar.total) == (210, 60, 210)
     assert bar.desc.startswith("3 of 3 trials")
     bar.close()
+
+
+def test_a_sweep_needs_no_bar(monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    trial = Trial("t", "x", {}, 1, 100, "x")
+    progress = Progress([trial])
+    progress.see(trial, 60)
+    progress.see(trial, 70)
+    progress.end(trial, complete=False)
+    progress.bar.close()
 
 
 def test_a_trial_fits_on_one_machine():

@@ -230,6 +230,8 @@ def test_what_cannot_be_measured_costs_no_trial(trials, tmp_path, monkeypatch):
     (trial,) = trials()
     record = run_trial(trial, tmp_path / "a")
     assert (record["gflops"], record["inference_ms"]) == (None, None)
+    reason = "AttributeError: a model of somebody else's"
+    assert record["not_measured"] == {"gflops": reason, "inference_ms": reason}
     assert record["metrics"]["AP"] is not None
 
 

@@ -4,7 +4,15 @@ An error is an image or object that cannot be used, or not as it was meant; a wa
 but worth a look. `tools/check_dataset.py` is the command line.
 """
 
-from .anchors import AnchorSetup, anchor_coverage, anchor_setup, check_coverage, foreground_ratio
+from .anchors import (
+    AnchorSetup,
+    anchor_coverage,
+    anchor_setup,
+    check_coverage,
+    empty_features,
+    foreground_ratio,
+    resized,
+)
 from .coco import parse_coco, read_coco
 from .findings import ERROR, KINDS, WARNING, Finding, Kind
 from .images import check_image, check_images
@@ -31,9 +39,11 @@ __all__ = [
     "check_records",
     "class_problem",
     "count_objects",
+    "empty_features",
     "foreground_ratio",
     "parse_coco",
     "read_coco",
     "read_dataset",
+    "resized",
     "usable_objects",
 ]

@@ -104,7 +104,7 @@ def anchor_coverage(images: Sequence[Objects], setup: AnchorSetup) -> dict[str, 
         ``max_size``; ``levels`` with ``stride``, ``sizes``, ``boxes``, ``unreached``, ``share`` and
         ``fitting_sizes``. A share of no boxes is None.
     """
-    seen = [_resized(image, setup) for image in images]
+    seen = [resized(image, setup) for image in images]
     boxes = torch.cat([torch.zeros(0, 4), *(each for each, _ in seen)])
     padded = torch.cat(
         [torch.zeros(0, 2), *(torch.tensor([size] * len(each)).view(-1, 2) for each, size in seen)]
@@ -188,13 +188,8 @@ def foreground_ratio(images: Iterable[Objects], setup: AnchorSetup) -> dict[str,
     per_level = torch.zeros(len(setup.generator.strides), dtype=torch.int64)
     num_images = 0
     for image in images:
-        boxes, (height, width) = _resized(image, setup)
-        # No pixels: the generator looks at the shape alone.
-        features = [
-            torch.empty(0, 1, math.ceil(height / stride), math.ceil(width / stride))
-            for stride in setup.generator.strides
-        ]
-        levels = cache(setup.generator, features)
+        boxes, (height, width) = resized(image, setup)
+        levels = cache(setup.generator, empty_features(height, width, setup.generator.strides))
         classes = torch.zeros(len(boxes), dtype=torch.int64)  # of one class, so 1 is background
         labels, _ = label_anchors(Boxes.cat(levels).tensor, boxes, classes, 1, setup.matcher)
         counts += torch.stack([(labels == value).sum() for value in (0, 1, -1)])
@@ -212,8 +207,26 @@ def foreground_ratio(images: Iterable[Objects], setup: AnchorSetup) -> dict[str,
     }
 
 
-def _resized(image: Objects, setup: AnchorSetup) -> tuple[Tensor, tuple[int, int]]:
-    """Boxes (M, 4) at the size that the model sees, and height and width with the padding."""
+def empty_features(height: int, width: int, strides: Iterable[int]) -> list[Tensor]:
+    """Features without any pixel, for anchor generators, which look at the shape alone.
+
+    Args:
+        height, width: of the padded image.
+        strides: of the levels.
+    """
+    return [
+        torch.empty(0, 1, math.ceil(height / stride), math.ceil(width / stride))
+        for stride in strides
+    ]
+
+
+def resized(image: Objects, setup: AnchorSetup) -> tuple[Tensor, tuple[int, int]]:
+    """Boxes (M, 4) at the size that the model sees, and height and width with the padding.
+
+    Args:
+        image: of :func:`usable_objects`.
+        setup: of :func:`anchor_setup`.
+    """
     height, width = image.size
     if setup.min_size > 0:
         height, width = ResizeShortestEdge.get_output_shape(

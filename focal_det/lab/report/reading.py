@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from focal_det.analysis import records
-from focal_det.lab.summary import MEASURES, leaves
+from focal_det.lab.summary import MEASURES, find_winner, leaves, rank_correlation
 from focal_det.lab.trial_records import read_record
 from focal_det.safe_loading import load_yaml
 
-MEASURED = ("images_per_second", "parameters", "gflops", "peak_memory_mib")
+MEASURED = (
+    "images_per_second", "parameters", "gflops", "peak_memory_mib", "background_per_foreground",
+)  # fmt: skip
 SUMMARY_PARTS = frozenset(
     {
         "table", "title", "source", "rows", "kendall_tau", "winner", "verdict", "commits",
@@ -23,8 +25,13 @@ SUMMARY_PARTS = frozenset(
 )  # fmt: skip
 ROW_PARTS = frozenset({"label", "seeds", "diverged", "paper", "metrics", "rank", "paper_rank"})
 # What summaries of earlier versions lack.
-SINCE: dict[str, Any] = {"speed": False, "unequal": {}, "not_measured": {}}
-ROW_SINCE: dict[str, Any] = {**dict.fromkeys(MEASURES), "differs": "", "overrides": {}}
+SINCE: dict[str, Any] = {"speed": False, "unequal": {}}
+ROW_SINCE: dict[str, Any] = {
+    **dict.fromkeys(MEASURES),
+    "differs": "",
+    "overrides": {},
+    "not_measured": {},
+}
 
 
 def read_trial(path: Path) -> dict[str, Any]:
@@ -74,11 +81,15 @@ def read_summary(path: Path) -> dict[str, Any]:
     """
     content = _mapping(json.loads(path.read_text(encoding="utf-8")))
     missing = SUMMARY_PARTS - content.keys()
-    rows = [] if missing else [_mapping(row) for row in content["rows"]]
+    rows = [] if missing else [dict(_mapping(row)) for row in content["rows"]]
     missing |= {name for row in rows for name in ROW_PARTS - row.keys()}
     if missing:
         raise ValueError(f"no summary of tools/ablate.py: it lacks {', '.join(sorted(missing))}")
-    return {**SINCE, **content, "rows": [{**ROW_SINCE, **row} for row in rows]}
+    rows = [ROW_SINCE | row for row in rows]
+    # Drawn anew: what is said of a winner must not hang on the version that kept the numbers.
+    winner, verdict = find_winner(rows)
+    told = {"winner": winner, "verdict": verdict, "kendall_tau": rank_correlation(rows)}
+    return {**SINCE, **content, "rows": rows, **told}
 
 
 def read_settings(path: Path) -> dict[str, str]:

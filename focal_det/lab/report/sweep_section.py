@@ -96,7 +96,7 @@ def _results(summary: dict[str, Any], place: Place) -> str:
         name = escape(row["label"]) + badge
         lines.append(page.row(name, cells, css_class="best" if won else ""))
     return (
-        place.table("Box AP in percent, mean ± standard deviation over seeds", head, lines)
+        place.table("Box AP in percent", head, lines)
         + f'\n<p class="soft">{escape(explain(summary))} A dash is a number that is missing'
         + (", or that the paper does not give" if compared else "")
         + ".</p>"
