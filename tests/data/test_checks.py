@@ -880,7 +880,7 @@ def test_the_nearest_anchors_are_the_best_of_all(digits_cfg, size, offset):
     cfg = digits_cfg.clone()
     cfg.MODEL.ANCHOR_GENERATOR.OFFSET = offset
     setup = checks.anchor_setup(cfg)
-    boxes, padded = anchors._resized(random_objects(1, 200, size), setup)
+    boxes, padded = anchors.resized(random_objects(1, 200, size), setup)
     cells = list(setup.generator.cell_anchors)
     sizes = torch.tensor([padded] * len(boxes), dtype=torch.float32)
     reached, centred = anchors._best_ious(boxes, sizes, cells, setup.generator)
@@ -898,7 +898,7 @@ def test_levels_beyond_the_padding_have_an_anchor_more(setup):
         )
     )
     picture = checks.Objects(torch.tensor([[60.0, 60.0, 128.0, 128.0]]), [0], (96, 128))
-    boxes, padded = anchors._resized(picture, coarse)
+    boxes, padded = anchors.resized(picture, coarse)
     assert padded == (96, 128)
     cells = list(coarse.generator.cell_anchors)
     reached, _ = anchors._best_ious(boxes, torch.tensor([[96.0, 128.0]]), cells, coarse.generator)
@@ -908,17 +908,17 @@ def test_levels_beyond_the_padding_have_an_anchor_more(setup):
 
 
 def test_resizing_and_padding_are_those_of_the_model(setup):
-    boxes, padded = anchors._resized(
+    boxes, padded = anchors.resized(
         checks.Objects(torch.tensor([[10.0, 20.0, 50.0, 60.0]]), [0], (200, 400)), setup
     )
     assert padded == (64, 128)  # resized to 64 x 128: the longer side may be 128
     torch.testing.assert_close(boxes, torch.tensor([[3.2, 6.4, 16.0, 19.2]]))
-    flat, _ = anchors._resized(
+    flat, _ = anchors.resized(
         checks.Objects(torch.tensor([[100.0, 0.0, 400.0, 33.0]]), [0], (33, 400)), setup
     )
     torch.testing.assert_close(flat, torch.tensor([[32.0, 0.0, 128.0, 11.0]]))  # 10.56 rounded
     same = setup._replace(min_size=0, size_divisibility=0)
-    assert anchors._resized(checks.Objects(boxes, [0], (201, 401)), same)[1] == (201, 401)
+    assert anchors.resized(checks.Objects(boxes, [0], (201, 401)), same)[1] == (201, 401)
 
 
 def test_coverage_counts_the_boxes_that_only_low_quality_matches_reach(setup):
@@ -926,7 +926,7 @@ def test_coverage_counts_the_boxes_that_only_low_quality_matches_reach(setup):
     pictures.append(random_objects(0, 0, (64, 64)))
     best, level_of = [], []
     for picture in pictures:
-        boxes, padded = anchors._resized(picture, setup)
+        boxes, padded = anchors.resized(picture, setup)
         if len(boxes):
             each = [pairwise_iou(Boxes(boxes), x).amax(1) for x in all_anchors(setup, padded)]
             best.append(torch.stack(each).amax(0))
@@ -1035,7 +1035,7 @@ def test_a_few_boxes_without_an_anchor_are_no_news():
 def test_foreground_and_background_are_those_of_detectron2s_matcher(setup):
     pictures = [random_objects(3, 12, (100, 128)), random_objects(3, 0, (64, 64))]
     matcher = Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)
-    boxes, padded = anchors._resized(pictures[0], setup)
+    boxes, padded = anchors.resized(pictures[0], setup)
     levels = all_anchors(setup, padded)
     _, labels = matcher(pairwise_iou(Boxes(boxes), Boxes.cat(levels)))
     count = {value: int((labels == value).sum()) for value in (1, 0, -1)}
