@@ -30,7 +30,7 @@ def render(summary: dict[str, Any]) -> str:
     rows = summary["rows"]
     different = [row for row in rows if row["differs"]] if summary["speed"] else []
     notes = {row["label"]: number for number, row in enumerate(different, 1)}
-    timed = not summary["speed"] and shows_times(summary)
+    timed = has_papers_times(summary)
     compared = any(row["paper"] for row in rows)
     head = ["", *SHOWN, "seeds", "rank"]
     head += [*(f"paper's {name}" for name in SHOWN), "paper's rank"] if compared else []
@@ -70,7 +70,12 @@ def render(summary: dict[str, Any]) -> str:
 
 def shows_times(summary: dict[str, Any]) -> bool:
     """Whether the table is one of times: of detectors, or with the paper's milliseconds."""
-    return summary["speed"] or any("milliseconds" in row["paper"] for row in summary["rows"])
+    return summary["speed"] or has_papers_times(summary)
+
+
+def has_papers_times(summary: dict[str, Any]) -> bool:
+    """Whether the paper gives milliseconds for any row."""
+    return any("milliseconds" in row["paper"] for row in summary["rows"])
 
 
 def conclude(summary: dict[str, Any]) -> str:

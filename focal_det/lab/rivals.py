@@ -38,6 +38,14 @@ DIFFERENCES = {
     "torchvision_fcos": f"{_POINTS}; boxes are clipped to the image before NMS",
 }
 """Detector to what differs from a FocalRetinaNet whatever the config says."""
+META_ARCHITECTURES = {
+    "focal_det": "FocalRetinaNet",
+    "retinanet": "RetinaNet",
+    "fcos": "DenseFCOS",
+    "faster_rcnn": "GeneralizedRCNN",
+    "torchvision_retinanet": "TorchvisionRetinaNet",
+    "torchvision_fcos": "TorchvisionFCOS",
+}
 
 
 def choose_detector(cfg: CfgNode, name: str) -> None:
@@ -48,14 +56,7 @@ def choose_detector(cfg: CfgNode, name: str) -> None:
             of ``MODEL.RETINANET``.
         name: a key of :data:`DIFFERENCES`.
     """
-    cfg.MODEL.META_ARCHITECTURE = {
-        "focal_det": "FocalRetinaNet",
-        "retinanet": "RetinaNet",
-        "fcos": "DenseFCOS",
-        "faster_rcnn": "GeneralizedRCNN",
-        "torchvision_retinanet": "TorchvisionRetinaNet",
-        "torchvision_fcos": "TorchvisionFCOS",
-    }[name]
+    cfg.MODEL.META_ARCHITECTURE = META_ARCHITECTURES[name]
     if name == "faster_rcnn":
         _set_first_stage(cfg)
         _set_second_stage(cfg)

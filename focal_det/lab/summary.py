@@ -13,7 +13,8 @@ from detectron2.config import CfgNode
 from focal_det.analysis.records import METRICS
 from focal_det.losses.registry import get_key
 
-from .rivals import DIFFERENCES, differences
+from .measuring import ANCHORED
+from .rivals import DIFFERENCES, META_ARCHITECTURES, differences
 from .tables import Table
 
 RANKED = "AP"
@@ -46,7 +47,6 @@ SHARED = (
     "TEST.DETECTIONS_PER_IMAGE",
 )  # fmt: skip
 OURS = "focal_det"
-ANCHORED = frozenset({OURS, "retinanet", "torchvision_retinanet"})
 MACHINE = ("device", "cpu", "torch", "torchvision", "detectron2", "processes")
 
 
@@ -92,7 +92,7 @@ def summarise(table: Table, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
     _rank(rows)
     every = [record for records in by_label.values() for record in records]
     winner, verdict = find_winner(rows)
-    anchored = {row.label for row in table.rows if row.detector in ANCHORED}
+    anchored = {row.label for row in table.rows if META_ARCHITECTURES[row.detector] in ANCHORED}
     return {
         "table": table.name,
         "speed": table.speed,

@@ -17,6 +17,7 @@ from focal_det.lab.markdown import (
     define,
     excuse,
     explain,
+    has_papers_times,
     shows_times,
 )
 from focal_det.lab.summary import RANKED, name_data
@@ -145,7 +146,7 @@ def _speed(summary: dict[str, Any], place: Place) -> str:
     rows = summary["rows"]
     if not shows_times(summary):
         return ""
-    timed = any("milliseconds" in row["paper"] for row in rows)
+    timed = has_papers_times(summary)
     measured = SPEED if summary["speed"] else {"ms an image": ("inference_ms", 1.0, ".1f")}
     head = ["Row", *(name[0].upper() + name[1:] for name in measured)]
     head += ["Paper's ms"] if timed else []
