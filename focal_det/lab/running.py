@@ -4,16 +4,17 @@ import argparse
 import contextlib
 import datetime
 import json
+import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.engine import HookBase, default_setup, hooks, launch
 from detectron2.utils import comm
 from torch.multiprocessing.spawn import ProcessRaisedException
@@ -61,8 +62,8 @@ def run_trial(
         step, ``parameters``, ``gflops`` of an image, ``background_per_foreground`` (anchors, of
         FCOS points), ``peak_memory_mib`` until the last step (the main process), ``inference_ms``
         (median and 95th percentile, one image), ``environment``, and ``error``, why training was
-        given up (``OUTPUT`` in it is the folder above ``folder``'s parent, that of the sweep), or
-        None. What could not be measured is None, and ``not_measured`` says why.
+        given up (see :func:`shorten_paths`; the sweep's folder is that above ``folder``'s parent),
+        or None. What could not be measured is None, and ``not_measured`` says why.
 
     Raises:
         RuntimeError: another process runs this trial in this folder.
@@ -118,8 +119,7 @@ def _run_alone(trial: Trial, folder: Path, num_gpus: int, report: Report | None)
             args=(cfg, measured, report if num_gpus < 2 else None),
         )
     except FloatingPointError as failure:  # that a loss diverges is a result, too
-        # Records are passed on, and the folders above the sweep's say nothing elsewhere.
-        error = str(failure).splitlines()[0].replace(f"{folder.parent.parent}/", "OUTPUT/")
+        error = shorten_paths(str(failure).splitlines()[0], folder.parent.parent, names)
     except ProcessRaisedException as failure:
         if "FloatingPointError" not in str(failure):
             raise
@@ -147,6 +147,22 @@ def _run_alone(trial: Trial, folder: Path, num_gpus: int, report: Report | None)
         "error": error,
         "config": trial.config,
     }
+
+
+def shorten_paths(text: str, sweep: Path, datasets: Iterable[str]) -> str:
+    """A text without the folders of this machine, which say nothing where a record is passed on to.
+
+    Args:
+        text: what names files.
+        sweep: the sweep's folder, which becomes ``OUTPUT``.
+        datasets: registered names, which stand for the folders of their images.
+    """
+    text = text.replace(os.path.join(sweep, ""), "OUTPUT/")
+    for name in datasets:
+        root = MetadataCatalog.get(name).get("image_root")
+        if root:
+            text = text.replace(os.path.join(root, ""), f"{name}/")
+    return text
 
 
 def _start_anew_with_other_data(folder: Path, annotations: dict[str, str]) -> None:

@@ -15,7 +15,7 @@ from focal_det.data import DigitsClutterSpec, generate, register_from_env
 from focal_det.lab import running
 from focal_det.lab import trials as trials_module
 from focal_det.lab.measuring import background_per_foreground
-from focal_det.lab.running import run_trial
+from focal_det.lab.running import run_trial, shorten_paths
 from focal_det.lab.tables import Row, Table, load_table
 from focal_det.lab.trials import base_config, make_trials
 
@@ -262,3 +262,13 @@ def test_a_loss_that_diverges_has_a_record(trials, tmp_path):
     assert set(record["metrics"].values()) == {None}
     assert record["seconds"] is None
     assert not any(isinstance(x, float) and math.isnan(x) for x in record["curves"]["loss_cls"])
+
+
+def test_a_record_names_images_by_their_data_set(tmp_path):
+    image = "gradient is nan at iteration 3; first image: {}/7.png (image_id 7)"
+    MetadataCatalog.get("of_somebody").image_root = str(tmp_path / "images") + "/"
+    text = image.format(tmp_path / "images") + f", in {tmp_path}/sweep/trials/a"
+    found = shorten_paths(text, tmp_path / "sweep", ["of_somebody", "without_images"])
+    for name in ("of_somebody", "without_images"):
+        MetadataCatalog.remove(name)
+    assert found == image.format("of_somebody") + ", in OUTPUT/trials/a"
