@@ -148,7 +148,9 @@ def _value(record: dict[str, Any], name: str) -> float | None:
 def unequal_settings(
     found: Iterable[dict[str, Any]], shared: Iterable[str] = SHARED
 ) -> dict[str, list[str]]:
-    """Settings, machines, versions, annotations and seeds in which records differ.
+    """Settings, machines, versions and annotations in which records of one seed differ; and seeds.
+
+    Seeds that were added later, with another version or machine, for all rows, favour none.
 
     Args:
         found: records of :func:`focal_det.lab.running.run_trial`.
@@ -157,21 +159,28 @@ def unequal_settings(
     Returns:
         Key to its values, as text; empty where all agree.
     """
-    seen: dict[str, set[str]] = {}
+    seen: dict[tuple[str, int], set[str]] = {}  # by name and seed
     seeds: dict[str, set[int]] = {}
     for record in found:
-        seeds.setdefault(record["label"], set()).add(record["seed"])
+        seed = record["seed"]
+        seeds.setdefault(record["label"], set()).add(seed)
         known = {**record["environment"], "processes": record["processes"]}
         facts = {name: known.get(name) for name in ("commit", *MACHINE)}
         facts |= {f"annotations of {name}": x for name, x in record["annotations"].items()}
         for name, value in facts.items():
-            seen.setdefault(name, set()).add(str(value))
+            seen.setdefault((name, seed), set()).add(str(value))
         cfg = CfgNode.load_cfg(record["config"])
         for key in shared:
             for name, value in leaves(key, get_key(cfg, key)):
-                seen.setdefault(name, set()).add(str(value))
-    seen["seeds"] = {", ".join(map(str, sorted(numbers))) for numbers in seeds.values()}
-    return {name: sorted(values) for name, values in seen.items() if len(values) > 1}
+                seen.setdefault((name, seed), set()).add(str(value))
+    differing: dict[str, set[str]] = {}
+    for (name, _), values in seen.items():
+        if len(values) > 1:
+            differing.setdefault(name, set()).update(values)
+    of_rows = {", ".join(map(str, sorted(numbers))) for numbers in seeds.values()}
+    if len(of_rows) > 1:
+        differing["seeds"] = of_rows
+    return {name: sorted(values) for name, values in differing.items()}
 
 
 def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -242,6 +242,17 @@ def test_times_of_machines_that_differ_are_not_compared_silently():
     ) in said
 
 
+def test_a_seed_that_was_added_later_with_other_versions_is_compared_within_itself():
+    found = [record(label, seed, 10.0) for seed in (1, 2) for label in "ab"]
+    for later in found[2:]:
+        later["environment"] = {"commit": "def", "device": "CPU", "torch": "9.9"}
+    assert summary.unequal_settings(found, []) == {}
+    assert summary.unequal_settings(found[:3], []) == {"seeds": ["1", "1, 2"]}
+    found[3]["environment"] = found[0]["environment"]
+    differing = summary.unequal_settings(found, [])
+    assert differing == {"commit": ["abc", "def"], "torch": ["9.9", "None"]}
+
+
 def test_rows_that_were_not_trained_alike_are_not_compared_silently():
     """Where no times are shown, machines may differ, but not versions or annotations."""
     rows = (Row("a", {}, {"AP": 1.0}), Row("b", {}))
