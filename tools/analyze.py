@@ -154,7 +154,7 @@ def describe(ratio: float, traced: dict[str, Any], clipped: bool) -> str:
     if clipped != traced["clipped_gradients"]:
         lines.append(
             f"Measured with SOLVER.CLIP_GRADIENTS.ENABLED {traced['clipped_gradients']}, and your "
-            f"config says {clipped}. Where that was tried, with one seed, the order was another: "
+            f"config says {clipped}. Where that was tried, the order was another: "
             'docs/results.md, "Without clipped gradients".'
         )
     if advice["first"] is None:

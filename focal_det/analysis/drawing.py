@@ -4,9 +4,10 @@ Colours are those of Okabe and Ito, which people with a colour vision deficiency
 line styles say the same a second time.
 """
 
+import contextlib
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
@@ -43,9 +44,30 @@ WRONG = ("#ff9b21", "--")
 MISSED = ("#ffffff", ":")
 
 PICTURE_SIDE = 360  # pixels of the shorter side of a drawn picture
+# Of matplotlib, for every chart.
+SETTINGS: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "svg.fonttype": "path",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 LABEL_SIZE = 14  # points; pictures are shown at half their size
 FEW_POINTS = 15
 SHORT_NAME, LONGEST_LINE = 26, 52  # characters of a legend's entry: two beside each other; a line
+
+
+@contextlib.contextmanager
+def drawing_as_here(more: dict[Any, Any] | None = None) -> Iterator[None]:
+    """Settings of matplotlib for as long as a figure is made, whatever the user's are.
+
+    Args:
+        more: settings besides :data:`SETTINGS`.
+    """
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update({**SETTINGS, **(more or {})})
+        yield
 
 
 def line_chart(
@@ -65,19 +87,15 @@ def line_chart(
         log: logarithmic vertical axis, where any value is above 0.
         top: upper end of the vertical axis, whose lower end is then 0.
     """
-    settings: dict[Any, Any] = {
-        "font.family": "DejaVu Sans",
+    settings = {
         "font.size": 11,
-        "svg.fonttype": "path",
         "svg.hashsalt": title,  # the same curves give the same bytes
         "text.parse_math": False,  # a name may hold dollars
-        "axes.spines.top": False,
-        "axes.spines.right": False,
     }
     names = ["\n".join(textwrap.wrap(line[0], LONGEST_LINE)) or " " for line in lines]
     columns = 2 if all(len(name) <= SHORT_NAME for name in names) else 1
     extra = sum(1 + name.count("\n") for name in names) - 3 if columns == 1 else 0
-    with mpl.rc_context(settings):
+    with drawing_as_here(settings):
         figure = Figure(figsize=(5.2, 3.7 + 0.2 * max(0, extra)), layout="constrained")
         axes = figure.add_subplot()
         handles = []

@@ -1,29 +1,20 @@
 """A summary as a picture: our seeds on the left, the paper's numbers on the right."""
 
-import contextlib
 import io
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from focal_det.analysis.drawing import STYLES
+from focal_det.analysis.drawing import STYLES, drawing_as_here
 from focal_det.files import write_whole
 
 from .summary import RANKED
 
 OURS, PAPERS = STYLES[3].color, STYLES[1].color
 LONGEST_LINE = 44  # characters of a row's label
-SETTINGS: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "svg.fonttype": "path",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 
 
 def draw_table(summary: dict[str, Any]) -> Figure:
@@ -59,19 +50,6 @@ def draw_table(summary: dict[str, Any]) -> Figure:
             axis.set_axisbelow(True)
         figure.suptitle(plain(summary["title"]), x=0.01, ha="left", fontsize=12, fontweight="bold")
     return figure
-
-
-@contextlib.contextmanager
-def drawing_as_here(more: dict[Any, Any] | None = None) -> Iterator[None]:
-    """Settings of matplotlib for as long as a figure is made, whatever the user's are.
-
-    Args:
-        more: settings besides :data:`SETTINGS`.
-    """
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update({**SETTINGS, **(more or {})})
-        yield
 
 
 def plain(text: str) -> str:

@@ -14,10 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from focal_det.analysis.drawing import STYLES
+from focal_det.analysis.drawing import STYLES, drawing_as_here
 from focal_det.losses import CrossEntropyLoss, ElementwiseLoss, FocalLoss, FocalLossStar
 
-from .charts import drawing_as_here, plain
+from .charts import plain
 from .imbalance import relative
 from .summary import RANKED
 

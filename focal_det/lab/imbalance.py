@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .summary import RANKED
+from .summary import MAX_CHANCE, RANKED, chance_of_lead
 
 
 def trace(summaries: Iterable[Mapping[str, Any]], clipped: bool | None = None) -> dict[str, Any]:
@@ -60,8 +60,9 @@ def advise(ratio: float, traced: Mapping[str, Any]) -> dict[str, Any]:
         ``point``, the measured one that is nearest on a logarithmic axis; ``inside``, whether
         `ratio` lies between the outermost ones; ``ranked``, its labels by falling mean;
         ``first``, the best and those that its seeds do not tell from it: whose highest seed is not
-        below the lowest of the best. With one seed of any row they cannot be told, and where all
-        have an AP of 0 there is nothing to tell: ``first`` is None.
+        below the lowest of the best. With one seed of any row they cannot be told, nor one alone
+        where rows that are alike would often have one (:func:`.summary.chance_of_lead`), and where
+        all have an AP of 0 there is nothing to tell: ``first`` is None.
 
     Raises:
         ValueError: nothing was measured, or a ratio of 0 or less.
@@ -78,7 +79,10 @@ def advise(ratio: float, traced: Mapping[str, Any]) -> dict[str, Any]:
     values = {label: [x for x in measured[label]["values"] if x is not None] for label in ranked}
     lowest = min(values[ranked[0]])
     first = [label for label in ranked if max(values[label]) >= lowest]
-    told = measured[ranked[0]]["mean"] > 0 and min(map(len, values.values())) > 1
+    seeds = [len(of_row) for of_row in values.values()]
+    told = measured[ranked[0]]["mean"] > 0 and min(seeds) > 1
+    if len(first) == 1 and len(ranked) > 1:
+        told = told and chance_of_lead(seeds) <= MAX_CHANCE
     return {
         "point": point,
         "inside": min(ratios) <= ratio <= max(ratios),

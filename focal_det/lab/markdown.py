@@ -1,12 +1,14 @@
 """A summary as a Markdown section."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
+
+from focal_det.analysis.records import METRICS
 
 from .measuring import TIMED
 from .summary import MACHINE
 
-SHOWN = ("AP", "AP50", "AP75")
+SHOWN = ("AP", "AP50", "AP75")  # and those that the paper has
 # Column -> measure, its unit and form.
 SPEED = {
     "training images/s": ("images_per_second", 1.0, ".1f"),
@@ -31,9 +33,9 @@ def render(summary: dict[str, Any]) -> str:
     different = [row for row in rows if row["differs"]] if summary["speed"] else []
     notes = {row["label"]: number for number, row in enumerate(different, 1)}
     timed = has_papers_times(summary)
-    compared = any(row["paper"] for row in rows)
-    head = ["", *SHOWN, "seeds", "rank"]
-    head += [*(f"paper's {name}" for name in SHOWN), "paper's rank"] if compared else []
+    compared, shown = any(row["paper"] for row in rows), papers_metrics(summary)
+    head = ["", *shown, "seeds", "rank"]
+    head += [*(f"paper's {name}" for name in shown), "paper's rank"] if compared else []
     head += ["ms an image", "paper's ms"] if timed else []
     head += [*SPEED, "what differs, below"] if summary["speed"] else []
     lines = [f"### {escape(summary['title'])}", ""]
@@ -42,11 +44,11 @@ def render(summary: dict[str, Any]) -> str:
     for row in rows:
         bold = "**" if row["label"] == summary["winner"] else ""
         cells = [f"{bold}{escape(row['label'])}{bold}"]
-        cells += [_with_spread(row["metrics"][name]) for name in SHOWN]
+        cells += [_with_spread(row["metrics"][name]) for name in shown]
         diverged = f" ({row['diverged']} diverged)" if row["diverged"] else ""
         cells += [f"{len(row['seeds'])}{diverged}", _number(row["rank"], "d")]
         if compared:
-            cells += [_number(row["paper"].get(name)) for name in SHOWN]
+            cells += [_number(row["paper"].get(name)) for name in shown]
             cells += [_number(row["paper_rank"], "d")]
         if timed:
             cells += [_number(row["inference_ms"]), _number(row["paper"].get("milliseconds"))]
@@ -59,13 +61,22 @@ def render(summary: dict[str, Any]) -> str:
         f"{notes[row['label']]}. {escape(row['label'])}: {escape(row['differs'])}."
         for row in different
     ]
-    made = f"{_list(summary['iterations'])} iterations on {_list(summary['data'])}, "
-    made += f"commit {_list(summary['commits'])}"
+    made = f"{join(summary['iterations'])} iterations on {join(summary['data'])}, "
+    made += f"commit {join(summary['commits'])}"
     lines += ["", escape(conclude(summary)), ""]
-    lines += [f"{explain(summary)} {made}, {_list(summary['devices'])}."]
+    lines += [f"{explain(summary)} {made}, {join(summary['devices'])}."]
     for said in (compare(summary, "**"), define(summary), escape(excuse(summary))):
         lines += ["", said] if said else []
     return "\n".join(lines) + "\n"
+
+
+def papers_metrics(summary: dict[str, Any]) -> list[str]:
+    """The metrics that are compared: :data:`SHOWN`, and others that the paper has for any row."""
+    return [
+        name
+        for name in METRICS
+        if name in SHOWN or any(name in row["paper"] for row in summary["rows"])
+    ]
 
 
 def shows_times(summary: dict[str, Any]) -> bool:
@@ -180,5 +191,6 @@ def _number(value: float | None, form: str = ".1f", unit: float | None = None) -
     return f"{value if unit is None else unit * value:{form}}"
 
 
-def _list(values: Sequence[Any]) -> str:
+def join(values: Iterable[Any]) -> str:
+    """Values as a list in a sentence."""
     return ", ".join(map(str, values)) or "none"

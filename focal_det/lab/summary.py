@@ -6,6 +6,7 @@ All metrics are in percent. A training that diverged counts as AP 0 in ranks, an
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -22,32 +23,27 @@ MIN_ORDERED = 4  # rows; of fewer, too many orders come about by chance to say a
 MAX_CHANCE = 0.1  # of a winner among rows that are all alike
 
 # What is measured of a trial, as a median over seeds.
-MEASURES: dict[str, Callable[[Sequence[dict[str, Any]]], list[Any]]] = {
-    "images_per_second": lambda found: [record["images_per_second"] for record in found],
-    "inference_ms": lambda found: [
-        (record["inference_ms"] or {}).get("median") for record in found
-    ],
-    "inference_p95_ms": lambda found: [
-        (record["inference_ms"] or {}).get("p95") for record in found
-    ],
-    "peak_memory_mib": lambda found: [record["peak_memory_mib"] for record in found],
-    "parameters": lambda found: [record["parameters"] for record in found],
-    "gflops": lambda found: [record["gflops"] for record in found],
-    "background_per_foreground": lambda found: [
-        record["background_per_foreground"] for record in found
-    ],
+MEASURES: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
+    "images_per_second": itemgetter("images_per_second"),
+    "inference_ms": lambda record: (record["inference_ms"] or {}).get("median"),
+    "inference_p95_ms": lambda record: (record["inference_ms"] or {}).get("p95"),
+    "peak_memory_mib": itemgetter("peak_memory_mib"),
+    "parameters": itemgetter("parameters"),
+    "gflops": itemgetter("gflops"),
+    "background_per_foreground": itemgetter("background_per_foreground"),
 }
 # Settings in which rows that are compared by their speed and AP must agree.
 SHARED = (
-    "DATASETS", "DATALOADER", "INPUT", "SOLVER", "MODEL.BACKBONE", "MODEL.RESNETS", "MODEL.FPN",
-    "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.WEIGHTS", "MODEL.DEVICE",
-    "MODEL.ANCHOR_GENERATOR", "MODEL.RETINANET.NUM_CONVS", "MODEL.RETINANET.NORM",
-    "MODEL.RETINANET.SCORE_THRESH_TEST", "MODEL.RETINANET.TOPK_CANDIDATES_TEST",
-    "MODEL.RETINANET.NMS_THRESH_TEST", "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA",
-    "TEST.DETECTIONS_PER_IMAGE",
+    "DATASETS", "DATALOADER", "INPUT", "SOLVER", "TEST", "MODEL.BACKBONE", "MODEL.RESNETS",
+    "MODEL.FPN", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.WEIGHTS", "MODEL.DEVICE",
+    "MODEL.ANCHOR_GENERATOR", "MODEL.RETINANET",
 )  # fmt: skip
+# Below them, what is part of the loss that a row has.
+OF_THE_LOSS = frozenset({"MODEL.RETINANET.FOCAL_LOSS_ALPHA", "MODEL.RETINANET.FOCAL_LOSS_GAMMA"})
 OURS = "focal_det"
 MACHINE = ("device", "cpu", "torch", "torchvision", "detectron2", "processes")
+# What may differ between rows without a doubt whether one has a higher AP by its setting alone.
+HARMLESS = frozenset({"commit", "seeds", "device", "cpu"})
 
 
 def summarise(table: Table, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -83,7 +79,10 @@ def summarise(table: Table, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
                 "diverged": sum(record["error"] is not None for record in of_row),
                 "paper": row.paper,
                 "metrics": {name: _spread(of_row, name) for name in METRICS},
-                **{name: _median(find(of_row)) for name, find in MEASURES.items()},
+                **{
+                    name: _median(measure(record) for record in of_row)
+                    for name, measure in MEASURES.items()
+                },
                 "differs": _differs(of_row, row.detector),
             }
         )
@@ -91,12 +90,13 @@ def summarise(table: Table, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
         rows[-1]["not_measured"] = {k: x for k, x in reasons.items() if rows[-1][k] is None}
     _rank(rows)
     every = [record for records in by_label.values() for record in records]
-    winner, verdict = find_winner(rows)
+    unequal = unequal_settings(every, SHARED if table.speed else ())
+    winner, verdict = find_winner(rows, unequal)
     anchored = {row.label for row in table.rows if META_ARCHITECTURES[row.detector] in ANCHORED}
     return {
         "table": table.name,
         "speed": table.speed,
-        "unequal": unequal_settings(every, SHARED if table.speed else ()),
+        "unequal": unequal,
         "title": table.title,
         "source": table.source,
         "rows": rows,
@@ -148,39 +148,37 @@ def _value(record: dict[str, Any], name: str) -> float | None:
 def unequal_settings(
     found: Iterable[dict[str, Any]], shared: Iterable[str] = SHARED
 ) -> dict[str, list[str]]:
-    """Settings, machines, versions and annotations in which records of one seed differ; and seeds.
+    """Settings, machines, versions, annotations and seeds in which records differ.
 
-    Seeds that were added later, with another version or machine, for all rows, favour none.
+    Commits are compared seed by seed: one that is added later, for all rows, favours none.
 
     Args:
         found: records of :func:`focal_det.lab.running.run_trial`.
-        shared: config keys, and nodes, in which they are to agree.
+        shared: config keys, and nodes, in which they are to agree; what is :data:`OF_THE_LOSS`
+            below them is left out.
 
     Returns:
         Key to its values, as text; empty where all agree.
     """
-    seen: dict[tuple[str, int], set[str]] = {}  # by name and seed
+    seen: dict[str, set[str]] = {}
+    commits: dict[int, set[str]] = {}
     seeds: dict[str, set[int]] = {}
     for record in found:
-        seed = record["seed"]
-        seeds.setdefault(record["label"], set()).add(seed)
+        commits.setdefault(record["seed"], set()).add(str(record["environment"]["commit"]))
+        seeds.setdefault(record["label"], set()).add(record["seed"])
         known = {**record["environment"], "processes": record["processes"]}
-        facts = {name: known.get(name) for name in ("commit", *MACHINE)}
+        facts = {name: known.get(name) for name in MACHINE}
         facts |= {f"annotations of {name}": x for name, x in record["annotations"].items()}
         for name, value in facts.items():
-            seen.setdefault((name, seed), set()).add(str(value))
+            seen.setdefault(name, set()).add(str(value))
         cfg = CfgNode.load_cfg(record["config"])
         for key in shared:
             for name, value in leaves(key, get_key(cfg, key)):
-                seen.setdefault((name, seed), set()).add(str(value))
-    differing: dict[str, set[str]] = {}
-    for (name, _), values in seen.items():
-        if len(values) > 1:
-            differing.setdefault(name, set()).update(values)
-    of_rows = {", ".join(map(str, sorted(numbers))) for numbers in seeds.values()}
-    if len(of_rows) > 1:
-        differing["seeds"] = of_rows
-    return {name: sorted(values) for name, values in differing.items()}
+                if name not in OF_THE_LOSS:
+                    seen.setdefault(name, set()).add(str(value))
+    seen["commit"] = set[str]().union(*(each for each in commits.values() if len(each) > 1))
+    seen["seeds"] = {", ".join(map(str, sorted(numbers))) for numbers in seeds.values()}
+    return {name: sorted(values) for name, values in seen.items() if len(values) > 1}
 
 
 def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -241,20 +239,20 @@ def rank_correlation(rows: Iterable[dict[str, Any]]) -> float | None:
     return None if math.isnan(tau) else tau
 
 
-def find_winner(rows: Sequence[dict[str, Any]]) -> tuple[str | None, str]:
+def find_winner(
+    rows: Sequence[dict[str, Any]], unequal: Iterable[str] = ()
+) -> tuple[str | None, str]:
     """The row that is ahead by more than the seeds differ.
 
     Its lowest seed must be above the highest seed of every other row. Every row must have a result,
-    of two seeds at least and of as many as the best. Among rows that all have the same distribution
-    of AP, N seeds together, one of the k that have the fewest, n, is so far ahead with the
-    probability
-
-        k / C(N, n)
-
-    which must not be above :data:`MAX_CHANCE`: of two rows it takes three seeds each.
+    of two seeds at least and of as many as the best; :func:`chance_of_lead` must not be above
+    :data:`MAX_CHANCE`: of two rows it takes three seeds each. And no row may be ahead by something
+    else than its setting.
 
     Args:
         rows: of :func:`summarise`.
+        unequal: keys of :func:`unequal_settings`; those that are not :data:`HARMLESS` forbid a
+            winner.
 
     Returns:
         Its label, or None, and a sentence that says why.
@@ -277,10 +275,14 @@ def find_winner(rows: Sequence[dict[str, Any]]) -> tuple[str | None, str]:
             f"No winner: {best['label']} has the highest mean, but its lowest seed ({lowest:.1f}) "
             f"is not above the highest of {'; '.join(near)}."
         )
+    doubtful = sorted(set(unequal) - HARMLESS)
+    if doubtful:
+        return None, (
+            f"No winner: {best['label']} is ahead by more than the seeds differ, but the rows do "
+            f"not agree in {', '.join(doubtful)}."
+        )
     highest = max(max(_numbers(row)) for row in others)
-    counts = [len(_numbers(row)) for row in rows]
-    fewest = min(counts)
-    chance = counts.count(fewest) / math.comb(sum(counts), fewest)
+    chance = chance_of_lead([len(_numbers(row)) for row in rows])
     ahead = (
         f"{best['label']}: its lowest seed ({lowest:.1f}) is above the highest of any other row "
         f"({highest:.1f})."
@@ -289,6 +291,20 @@ def find_winner(rows: Sequence[dict[str, Any]]) -> tuple[str | None, str]:
     if chance > MAX_CHANCE:
         return None, f"No winner yet. {ahead} {often}: more seeds will tell."
     return best["label"], f"{ahead} {often}."
+
+
+def chance_of_lead(counts: Sequence[int]) -> float:
+    """How probable it is that, of rows that are all alike, one has all its seeds above all others'.
+
+    Of N seeds together, one of the k rows that have the fewest, n, does with the probability
+
+        k / C(N, n)
+
+    Args:
+        counts: seeds of each row, > 0.
+    """
+    fewest = min(counts)
+    return counts.count(fewest) / math.comb(sum(counts), fewest)
 
 
 def _numbers(row: dict[str, Any]) -> list[float]:

@@ -75,6 +75,9 @@ class Row:
             if value is None:
                 # Detectron2 would take it for any key.
                 raise ValueError(f"{key} must have a value, got null")
+            if isinstance(value, Mapping):
+                # It would replace a whole node, and what it does not name would be gone.
+                raise ValueError(f"{key} must have one value, got {value}: write {key}.NAME: value")
         cfg.merge_from_list([x for pair in self.overrides.items() for x in pair])
         if self.anchors is not None:
             per_octave = self.anchors["scales"]

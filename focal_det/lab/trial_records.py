@@ -52,6 +52,9 @@ def read_record(path: Path) -> dict[str, Any]:
     for name, kind in PARTS.items():
         if not isinstance(record.get(name), kind) or isinstance(record[name], bool):
             raise ValueError(f"{path}: {name} is missing or of another kind")
+    for name in ("commit", "device"):
+        if name not in record["environment"]:
+            raise ValueError(f"{path}: environment has no {name}")
     metrics = {**dict.fromkeys(records.METRICS), **record["metrics"]}
     return {**SINCE, **record, "metrics": metrics}
 

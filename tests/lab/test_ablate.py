@@ -112,6 +112,22 @@ def test_more_than_there_is_cannot_be_asked_for(ablate, few):
     assert "--cpus 1000 --gpus 0 a trial, but no machine has both" in ablate(*words, status=2)
 
 
+@pytest.mark.parametrize(("table", "times"), [("detectors", True), ("3", False)])
+def test_all_trials_of_a_table_with_times_are_timed(tool, few, tmp_path, monkeypatch, table, times):
+    handed = {}
+
+    def run_sweep(trials, output, **more):
+        handed.update(more, keys={trial.key for trial in trials})
+        return []
+
+    monkeypatch.setattr(tool, "run_sweep", run_sweep)
+    words = ["--table", table, "--data", few, "--budget", "1", "--output", str(tmp_path / "out")]
+    assert tool.main(words) == 0
+    assert len(handed["keys"]) > 3
+    assert handed["timed"] == (handed["keys"] if times else set())
+    assert handed["cpus"] is None
+
+
 def test_records_of_other_annotations_are_in_no_table(tool, few, tmp_path, capsys):
     words = ["--table", "3", "--data", few, "--output", str(tmp_path / "out"), "--report-only"]
     args = tool.parse(words)
@@ -136,6 +152,7 @@ def test_records_of_other_annotations_are_in_no_table(tool, few, tmp_path, capsy
         ('{"schema": 1}', "key is missing or of another kind"),
         ({"metrics": [1.0]}, "metrics is missing or of another kind"),
         ({"seed": True}, "seed is missing or of another kind"),
+        ({"environment": {"commit": "abc"}}, "environment has no device"),
     ],
 )
 def test_a_record_that_cannot_be_read_is_named(tmp_path, content, says):

@@ -33,7 +33,7 @@ def traced():
     return imbalance.trace(
         [
             summary(1000.0, CE=[4.0, 6.0], FL=[9.0, 11.0], OHEM=[8.0, 9.0]),
-            summary(50.0, CE=[30.0, 32.0], FL=[20.0, 22.0], OHEM=None),
+            summary(50.0, CE=[30.0, 31.0, 32.0], FL=[20.0, 21.0, 22.0], OHEM=None),
             summary(None, CE=[1.0]),
         ],
         clipped=True,
@@ -81,6 +81,7 @@ def test_who_cannot_be_told_from_the_best_is_named_with_it(traced):
         {"CE": [30.0], "FL": [10.0]},
         {"CE": [9.0], "FL": [30.0, 31.0, 32.0]},
         {"CE": [30.0, 31.0], "FL": [9.0]},
+        {"CE": [30.0, 31.0], "FL": [9.0, 9.0]},  # a third of all pairs of rows that are alike
         {"CE": [0.0, 0.0], "FL": [0.0, 0.0]},
     ],
 )

@@ -78,6 +78,25 @@ def test_what_is_missing_is_run_first_seeds_first_and_kept(tool, ran, few, tmp_p
     assert kept.read_text() == first
 
 
+def test_trials_of_a_table_with_times_are_timed(tool, few, tmp_path, monkeypatch):
+    """Those of the other table too, if they are the same."""
+    sweeps = SWEEPS.replace("tables: {imbalance: 2}", "tables: {main: 1, detectors: 1}")
+    sweeps = sweeps.replace(
+        "rows: [focal loss, OHEM]",
+        'rows: [cross entropy, "cross entropy, prior .5", "FocalRetinaNet, cross entropy"]',
+    )
+    (tmp_path / "kept" / "sweeps.yaml").write_text(sweeps)
+    handed = {}
+
+    def run_sweep(trials, output, timed, cpus):
+        handed.update({trial.label: trial.key in timed for trial in trials})
+        return []
+
+    monkeypatch.setattr(tool, "run_sweep", run_sweep)
+    assert tool.main(["here", "--output", str(tmp_path / "out")]) == 0
+    assert handed == {"cross entropy": True, "cross entropy, prior .5": False}
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -1,5 +1,6 @@
 """What a summary says of records, against numbers worked out by hand."""
 
+import functools
 import json
 import math
 import re
@@ -242,15 +243,75 @@ def test_times_of_machines_that_differ_are_not_compared_silently():
     ) in said
 
 
-def test_a_seed_that_was_added_later_with_other_versions_is_compared_within_itself():
+def test_a_seed_that_was_added_later_is_compared_within_itself():
+    """Of the commit alone: another version or other annotations would be in all later means."""
     found = [record(label, seed, 10.0) for seed in (1, 2) for label in "ab"]
     for later in found[2:]:
-        later["environment"] = {"commit": "def", "device": "CPU", "torch": "9.9"}
+        later["environment"] = {"commit": "def", "device": "CPU"}
     assert summary.unequal_settings(found, []) == {}
     assert summary.unequal_settings(found[:3], []) == {"seeds": ["1", "1, 2"]}
     found[3]["environment"] = found[0]["environment"]
-    differing = summary.unequal_settings(found, [])
-    assert differing == {"commit": ["abc", "def"], "torch": ["9.9", "None"]}
+    assert summary.unequal_settings(found, []) == {"commit": ["abc", "def"]}
+    for later in found[2:]:
+        later["environment"] = {"commit": "def", "device": "CPU", "torch": "9.9"}
+        later["annotations"] = {"x_train": "33"}
+    expected = {"torch": ["9.9", "None"], "annotations of x_train": ["11", "33"]}
+    assert summary.unequal_settings(found, []) == expected
+
+
+def test_whatever_is_no_part_of_the_loss_is_to_be_shared(root):
+    """Each key of data, solver and detector by itself."""
+    cfg = base_config(str(root / DEMO), data="x", num_classes=10)
+    one = {**record("a", 1, 10.0), "config": cfg.dump()}
+    general = ("DATASETS", "DATALOADER", "INPUT", "SOLVER", "TEST")
+    detector = ("RETINANET", "ANCHOR_GENERATOR", "BACKBONE", "RESNETS", "FPN")
+    keys = [key for name in general for key, _ in summary.leaves(name, cfg[name])]
+    for name in detector:
+        keys += [key for key, _ in summary.leaves(f"MODEL.{name}", cfg.MODEL[name])]
+    assert len(keys) > 80
+    for key in keys:
+        other = cfg.clone()
+        *path, last = key.split(".")
+        functools.reduce(lambda node, name: node[name], path, other)[last] = "another"
+        two = {**record("b", 1, 10.0), "config": other.dump()}
+        said = summary.unequal_settings([one, two])
+        assert list(said) == ([] if "FOCAL_LOSS" in key else [key]), key
+
+
+def test_no_row_wins_by_something_else_than_its_setting():
+    rows = (Row("a", {}), Row("b", {}))
+    aps = {"a": (9.0, 10.0, 11.0), "b": (15.0, 16.0, 17.0)}
+    found = [record(label, seed, aps[label][seed - 1]) for seed in (1, 2, 3) for label in "ab"]
+    assert summary.summarise(Table("t", "T", "", rows), found)["winner"] == "b"
+    for each in found[1::2]:
+        each["environment"] = {"commit": "def", "device": "CPU", "cpu": "a faster one"}
+    assert summary.summarise(Table("t", "T", "", rows), found)["winner"] == "b"
+    found[1]["environment"]["torch"] = "9.9"
+    made = summary.summarise(Table("t", "T", "", rows), found)
+    assert made["winner"] is None
+    assert made["verdict"] == (
+        "No winner: b is ahead by more than the seeds differ, but the rows do not agree in torch."
+    )
+    found[1]["environment"]["torch"] = None
+    found[1]["config"] = "SOLVER: {BASE_LR: 0.2}\n"
+    speed = Table("t", "T", "", rows, speed=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(summary, "SHARED", ("SOLVER",))
+        assert "not agree in SOLVER.BASE_LR." in summary.summarise(speed, found)["verdict"]
+
+
+def test_metrics_that_the_paper_has_are_shown_beside_its_own():
+    rows = (Row("a", {}, {"AP": 30.0, "APs": 11.0}), Row("b", {}))
+    found = [record("a", 1, 10.0), record("b", 1, 12.0)]
+    found[0]["metrics"]["APs"] = 7.0
+    text = markdown.render(summary.summarise(Table("t", "T", "", rows), found))
+    head, line = (
+        [cell.strip() for cell in next(x for x in text.splitlines() if start in x).split("|")]
+        for start in ("| AP50", "| a ")
+    )
+    cells = dict(zip(head, line, strict=True))
+    assert (cells["APs"], cells["paper's APs"]) == ("7.0", "11.0")
+    assert "APl" not in cells
 
 
 def test_rows_that_were_not_trained_alike_are_not_compared_silently():

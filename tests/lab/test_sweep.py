@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 
+from focal_det.lab import sweep
 from focal_det.lab.sweep import Progress, choose_cpus, in_turns, worker_environment
 from focal_det.lab.trials import Trial
 
@@ -37,6 +39,24 @@ def test_what_is_timed_comes_first_and_shares_no_machine():
     assert in_turns([one, two], {two.key}, None) == [(None, [two]), (1, [one])]
     assert in_turns([one, two], {two.key}, 3) == [(3, [one, two])]
     assert in_turns([one, two], (), None) == [(1, [one, two])]
+
+
+def test_a_trial_has_a_fresh_process_and_the_cores_it_asks_for(tmp_path):
+    """In a process that was used before, the peak of memory would be that of another trial."""
+    (trial,) = trials = [Trial("t", "x", {}, 1, 100, "x")]
+    ray = mock.Mock()
+    ray.exceptions.RayError = RuntimeError
+    reference = ray.remote.return_value.return_value.remote.return_value
+    ray.wait.side_effect = lambda references, timeout: (references, [])
+    results = {reference: {"key": trial.key, "error": None}}
+    ray.get.side_effect = lambda asked: results.get(asked, {})
+    progress = Progress(trials)
+    with progress.bar:
+        assert sweep._run(ray, trials, tmp_path, 3, 2, progress) == []
+    _, asked = ray.remote.call_args
+    assert (asked["num_cpus"], asked["num_gpus"], asked["max_calls"]) == (3, 2, 1)
+    assert asked["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "3"
+    assert (tmp_path / "records" / f"{trial.key}.json").is_file()
 
 
 def test_the_bar_counts_what_is_left_and_its_pace_what_was_done_now():

@@ -272,3 +272,16 @@ def test_a_record_names_images_by_their_data_set(tmp_path):
     for name in ("of_somebody", "without_images"):
         MetadataCatalog.remove(name)
     assert found == image.format("of_somebody") + ", in OUTPUT/trials/a"
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (None, "SOLVER must have a value, got null"),
+        ({"BASE_LR": 0.1}, "SOLVER must have one value, got .*: write SOLVER.NAME: value"),
+    ],
+)
+def test_an_override_has_one_value(trials, value, says):
+    """Detectron2 would let it replace all keys below."""
+    with pytest.raises(ValueError, match=f"row 'odd': {says}"):
+        trials(Row("odd", {"SOLVER": value}))

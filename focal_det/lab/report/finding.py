@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import yaml
 
 from focal_det.analysis import records
+from focal_det.lab.tables import RESERVED
 from focal_det.safe_loading import UnsafeFileError
 
 from . import reading
@@ -148,7 +149,7 @@ def _read_sweep(found: Found, folder: Path, files: list[str]) -> Sweep:
     ]
     sweep = Sweep(folder, [trial for trial in trials if trial is not None], {}, [])
     for name in sorted(files):
-        if name.endswith(".json") and name not in ("results.json", "metrics.json"):
+        if name.endswith(".json") and name.removesuffix(".json") not in RESERVED:
             summary = found.read(folder / name, reading.read_summary)
             if summary is not None:
                 sweep.saved[str(summary["table"])] = summary

@@ -87,7 +87,7 @@ def read_summary(path: Path) -> dict[str, Any]:
         raise ValueError(f"no summary of tools/ablate.py: it lacks {', '.join(sorted(missing))}")
     rows = [ROW_SINCE | row for row in rows]
     # Drawn anew: what is said of a winner must not hang on the version that kept the numbers.
-    winner, verdict = find_winner(rows)
+    winner, verdict = find_winner(rows, _mapping(content.get("unequal", {})))
     told = {"winner": winner, "verdict": verdict, "kendall_tau": rank_correlation(rows)}
     return {**SINCE, **content, "rows": rows, **told}
 

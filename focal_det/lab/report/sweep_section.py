@@ -18,6 +18,8 @@ from focal_det.lab.markdown import (
     excuse,
     explain,
     has_papers_times,
+    join,
+    papers_metrics,
     shows_times,
 )
 from focal_det.lab.summary import RANKED, name_data
@@ -26,7 +28,6 @@ from .finding import Found
 from .picture_wall import pictures
 from .sweeps import Outcome
 
-PAPERS = ("AP", "AP50", "AP75")
 MAX_ROWS = 6  # of the picture wall
 
 
@@ -59,10 +60,10 @@ def _source(outcome: Outcome) -> str:
     trials = sum(len(row["seeds"]) for row in summary["rows"])
     made = [
         page.count(trials, "trial", "trials").capitalize(),
-        f"{_list(summary['iterations'])} iterations",
+        f"{join(summary['iterations'])} iterations",
         f"data {data_of(outcome)}",
-        f"commit {_list('unknown' if x == 'None' else x for x in summary['commits'])}",
-        _list(summary["devices"]),
+        f"commit {join('unknown' if x == 'None' else x for x in summary['commits'])}",
+        join(summary["devices"]),
         *(f"{key} {value}" for key, value in outcome.setting.items()),
     ]
     source = f"{summary['source']}. " if summary["source"] else ""
@@ -72,7 +73,7 @@ def _source(outcome: Outcome) -> str:
 def data_of(outcome: Outcome) -> str:
     """Names of the data sets that its trials were trained and evaluated on, as plain text."""
     names = [name_data(trial) for trial in outcome.trials.values()]
-    return _list(dict.fromkeys(names) or outcome.summary["data"])
+    return join(dict.fromkeys(names) or outcome.summary["data"])
 
 
 def _verdict(summary: dict[str, Any]) -> str:
@@ -83,14 +84,15 @@ def _results(summary: dict[str, Any], place: Place) -> str:
     rows = summary["rows"]
     compared = any(row["paper"] for row in rows)
     head = ["Row", *METRICS, "Seeds", "Rank"]
-    head += [*(f"Paper's {name}" for name in PAPERS), "Paper's rank"] if compared else []
+    papers = papers_metrics(summary)
+    head += [*(f"Paper's {name}" for name in papers), "Paper's rank"] if compared else []
     lines = []
     for row in rows:
         cells = [_with_spread(row["metrics"][name]) for name in METRICS]
         diverged = f" ({row['diverged']} diverged)" if row["diverged"] else ""
         cells += [f"{len(row['seeds'])}{diverged}", page.number(row["rank"], 0)]
         if compared:
-            cells += [page.number(row["paper"].get(name)) for name in PAPERS]
+            cells += [page.number(row["paper"].get(name)) for name in papers]
             cells += [page.number(row["paper_rank"], 0)]
         won = row["label"] == summary["winner"]
         badge = '<span class="badge">ahead of the spread</span>' if won else ""
@@ -181,7 +183,7 @@ def _seeds(outcome: Outcome) -> str:
     if not seeds:
         return ""
     which = "seed" if len(seeds) == 1 else "seeds"
-    return f"<p>Curves and pictures are of each row's first trial, {which} {_list(seeds)}.</p>"
+    return f"<p>Curves and pictures are of each row's first trial, {which} {join(seeds)}.</p>"
 
 
 def _curves(outcome: Outcome, place: Place) -> str:
@@ -200,7 +202,3 @@ def _detections(outcome: Outcome, folder: Path, found: Found, place: Place) -> s
         return ""
     datasets = next(iter(shown.values()))["data"][1]
     return pictures(folders, datasets, found, place)
-
-
-def _list(values: Iterable[Any]) -> str:
-    return ", ".join(map(str, values)) or "none"
