@@ -52,11 +52,9 @@ def read_record(path: Path) -> dict[str, Any]:
     for name, kind in PARTS.items():
         if not isinstance(record.get(name), kind) or isinstance(record[name], bool):
             raise ValueError(f"{path}: {name} is missing or of another kind")
-    for name in ("commit", "device"):
-        if name not in record["environment"]:
-            raise ValueError(f"{path}: environment has no {name}")
+    environment = {"commit": None, "device": "unknown", **record["environment"]}
     metrics = {**dict.fromkeys(records.METRICS), **record["metrics"]}
-    return {**SINCE, **record, "metrics": metrics}
+    return {**SINCE, **record, "metrics": metrics, "environment": environment}
 
 
 def save_record(record: dict[str, Any], output: Path) -> None:

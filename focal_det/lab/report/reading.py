@@ -54,7 +54,7 @@ def read_trial(path: Path) -> dict[str, Any]:
         "inference_ms": {name: records.finite(clock.get(name)) for name in ("median", "p95")},
         "metrics": {name: records.finite(record["metrics"].get(name)) for name in records.METRICS},
         "curves": _curves(record["curves"]),
-        "environment": {"commit": None, **machine, "device": str(machine.get("device", "unknown"))},
+        "environment": {**machine, "device": str(machine["device"])},
         "settings": {
             "processes": str(record["processes"]),
             **_settings(load_yaml(io.StringIO(record["config"]))),
