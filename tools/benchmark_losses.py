@@ -17,6 +17,7 @@ Writes OUTPUT/<device>/benchmark_losses.json; `make docs` makes the tables of it
 """
 
 import argparse
+import itertools
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -39,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES = ("800x1216x80", "512x512x80", "800x1216x1203")
 MODES = ("forward+backward", "forward")
-MEDIUM, LARGE = 2**25, 2**29  # bytes of logits
+MEDIUM, LARGE, MOST = 2**25, 2**29, 2**32  # bytes of logits
 SECONDS = 12.0  # after which no further round of a case begins
 
 
@@ -69,9 +70,16 @@ def main() -> int:
     return 0
 
 
+def images(args: argparse.Namespace, shape: losses.Shape) -> int:
+    """N."""
+    if args.images is not None:
+        return int(args.images)
+    return max(1, min(16, MOST // shape.s_bytes(1))) if on_cuda(args.device) else 1
+
+
 def spared(args: argparse.Namespace, shape: losses.Shape) -> bool:
     """Whether only the essential is run at this shape."""
-    return not (args.full or on_cuda(args.device)) and shape.s_bytes(args.images) > LARGE
+    return not (args.full or on_cuda(args.device)) and shape.s_bytes(images(args, shape)) > LARGE
 
 
 def cases(args: argparse.Namespace) -> Iterator[tuple[losses.Shape, str]]:
@@ -112,15 +120,17 @@ def run_case(
         "part": "loss",
         "dtype": dtype,
         "shape": str(shape),
-        "images": args.images,
+        "images": images(args, shape),
         "allocator": allocator,
     }
-    inputs = losses.Inputs(shape, args.images, DTYPES[dtype], args.seed, args.device)
+    inputs = losses.Inputs(shape, images(args, shape), DTYPES[dtype], args.seed, args.device)
     known = [row for row in earlier if (row["shape"], row["dtype"]) == (str(shape), dtype)]
     failures = {(r["loss"], r["variant"]): r["error"] for r in known if r["error"]}
     variants = list(make_variants(args, inputs, failures))
     if not known:
-        bar.write(f"{shape}, {args.images} image(s): S = {mib(shape, args):.1f} MiB in float32")
+        bar.write(
+            f"{shape}, {images(args, shape)} image(s): S = {mib(shape, args):.1f} MiB in float32"
+        )
         check_all(args, inputs, variants, failures, bar)
     rows = []
     modes = MODES[:1] if spared(args, shape) else MODES
@@ -132,7 +142,7 @@ def run_case(
 
 def mib(shape: losses.Shape, args: argparse.Namespace) -> float:
     """S in MiB."""
-    return shape.s_bytes(args.images) / 2**20
+    return shape.s_bytes(images(args, shape)) / 2**20
 
 
 def make_variants(
@@ -140,7 +150,7 @@ def make_variants(
 ) -> Iterator[losses.Variant]:
     """The variants to run; those that need more memory than there is become failures."""
     few = spared(args, inputs.shape)
-    cheap = inputs.raw[0].dtype == torch.float32 and inputs.shape.s_bytes(args.images) <= MEDIUM
+    cheap = inputs.raw[0].dtype == torch.float32 and inputs.shape.s_bytes(inputs.images) <= MEDIUM
     impls = ["torch", *(["eager"] if args.full or on_cuda(args.device) or cheap else [])]
     if on_cuda(args.device):
         impls.append("triton")
@@ -152,7 +162,7 @@ def make_variants(
     peers = losses.peer_variants(inputs, args.compile)
     made += peers[:1] if few else peers
     free = available_gib(args.device)
-    s_gib = inputs.shape.s_bytes(args.images) / 2**30
+    s_gib = inputs.shape.s_bytes(inputs.images) / 2**30
     for variant in made:
         if variant.needs_s * s_gib > free:
             missing = f"skipped: needs {variant.needs_s * s_gib:.1f} GiB"
@@ -218,6 +228,7 @@ def time_all(
         device=args.device,
         seconds=SECONDS,
         with_peak=on_cuda(args.device) or cold,
+        queued=True,
     )
     rows = []
     for (loss, name), timing in zip(calls, timings.values(), strict=True):
@@ -255,7 +266,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="HxWxK")
     parser.add_argument("--losses", nargs="+", default=list(losses.SETTINGS), metavar="NAME")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
-    parser.add_argument("--images", type=int, help="N; default 1 on the CPU, 16 on a GPU")
+    parser.add_argument(
+        "--images",
+        type=int,
+        help="N; default 1 on the CPU, 16 on a GPU or as many as have logits of 4 GiB",
+    )
     parser.add_argument("--rounds", type=int, default=9, help="timed calls of each, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="torch.compile of the peers, too")
@@ -265,7 +280,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="folder; default tools/results")
     args = parser.parse_args(argv)
-    args.images = args.images or (16 if on_cuda(args.device) else 1)
     # A quick run says nothing of performance: it must not replace a record that does.
     args.output = args.output or ROOT / ("output/benchmarks" if args.quick else "tools/results")
     if args.quick:
@@ -274,7 +288,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.shapes = [losses.Shape(*(int(x) for x in shape.split("x"))) for shape in args.shapes]
     except (TypeError, ValueError):
         parser.error(f"--shapes must be HEIGHTxWIDTHxCLASSES, got {' '.join(args.shapes)}")
-    if min(args.images, args.rounds, *(min(shape) for shape in args.shapes)) < 1:
+    numbers = [args.rounds, *itertools.chain(*args.shapes)]
+    if min(numbers) < 1 or (args.images is not None and args.images < 1):
         parser.error("--images, --rounds and the numbers of --shapes must be 1 or more")
     unknown = [name for name in args.losses if name not in losses.SETTINGS]
     if unknown:

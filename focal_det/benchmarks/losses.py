@@ -117,9 +117,11 @@ class Inputs:
         foreground = ((labels >= 0) & (labels < shape.num_classes)).sum()
         self.normalizer = max(1.0, float(foreground))
         self.weights = torch.full((images,), 1 / self.normalizer, device=device)
+        # A thousand million normal numbers take a GPU milliseconds, and a host half a minute.
+        generator = torch.Generator(device).manual_seed(seed)
         self.raw = [
             _random_logits((images, ANCHORS * shape.num_classes, h, w), generator)
-            .to(device, dtype)
+            .to(dtype)
             .requires_grad_()
             for h, w in shape.levels()
         ]
@@ -166,10 +168,11 @@ def _random_boxes(shape: Shape, images: int, generator: torch.Generator) -> list
 
 def _random_logits(size: Sequence[int], generator: torch.Generator) -> Tensor:
     """Mostly sure of background, normal around -4; one in a thousand far out."""
-    logits = torch.randn(size, generator=generator).sub_(4)
+    where: dict[str, Any] = {"generator": generator, "device": generator.device}
+    logits = torch.randn(size, **where).sub_(4)
     flat = logits.view(-1)
-    chosen = torch.randint(0, len(flat), (max(1, len(flat) // 1000),), generator=generator)
-    flat[chosen] += torch.randn(len(chosen), generator=generator) * 8
+    chosen = torch.randint(0, len(flat), (max(1, len(flat) // 1000),), **where)
+    flat[chosen] += torch.randn(len(chosen), **where) * 8
     return logits
 
 

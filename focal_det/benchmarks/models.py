@@ -286,6 +286,7 @@ def diagnostics_cost(candidate: Candidate, inputs: Any, rounds: int) -> dict[str
     step, parts = step_parts(candidate, inputs, rounds, methods)
     candidate.iteration = PERIOD
     try:
+        candidate.step(inputs)  # the first look may compile something
         _, of_look = step_parts(candidate, inputs, rounds, methods)
     finally:
         candidate.iteration = ordinary

@@ -13,7 +13,7 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, ImageList, pairwise_iou
 from torch import Tensor
 
-from focal_det.modeling.assign import match_anchors
+from focal_det.modeling.assign import match_batch
 
 from .losses import ANCHORS, Shape, anchor_levels
 from .models import CLASSES, build, difference, random_boxes
@@ -68,7 +68,7 @@ def assignment_calls(shape: Shape, count: int, seed: int, device: str = "cpu") -
     matcher = Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)
     return {
         "detectron2": lambda: matcher(pairwise_iou(Boxes(boxes), Boxes(anchors))),
-        "focal_det": lambda: match_anchors(anchors, boxes, matcher),
+        "focal_det": lambda: tuple(x[0] for x in match_batch(anchors, [boxes], matcher)),
     }
 
 

@@ -5,6 +5,7 @@ from .sums import (
     IMPLEMENTATIONS,
     check_implementation,
     elementwise_terms,
+    sum_levels,
     sum_terms,
     sum_terms_per_anchor,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "check_implementation",
     "elementwise_terms",
     "pick_anchors",
+    "sum_levels",
     "sum_terms",
     "sum_terms_per_anchor",
 ]

@@ -6,7 +6,7 @@ logits.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -45,6 +45,34 @@ def sum_terms(
     per_anchor, foreground = _per_anchor(terms, logits, labels, weights, grad)
     total = per_anchor.unsqueeze(-1).flatten(1).sum(1, dtype=foreground.dtype)
     return torch.stack([total, foreground]).mul_(weights).to(accurate(logits.dtype))
+
+
+def sum_levels(
+    terms: Terms,
+    logits: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    weights: Tensor,
+    with_grads: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """:func:`sum_terms` over several levels.
+
+    Args:
+        terms: the loss.
+        logits, labels: (N, ..., K) and (N, ...) of each level.
+        weights: (N,), factor of each image's sum.
+        with_grads: whether to make the gradient.
+
+    Returns:
+        (2, N): the sums over all levels. And the gradient for each level; an empty list without.
+    """
+    sums, grads = [], []
+    for x, y in zip(logits, labels, strict=True):
+        # Made when its level is due: the temporaries of the largest, which comes first, then lie
+        # where the others' gradients will be.
+        grad = torch.empty_like(x) if with_grads else None
+        sums.append(sum_terms(terms, x, y, weights, grad))
+        grads += [] if grad is None else [grad]
+    return torch.stack(sums).sum(0), grads
 
 
 def sum_terms_per_anchor(terms: Terms, logits: Tensor, labels: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Letters: N images, K classes, ``...`` whatever dimensions index the anchors of a
 
 import importlib
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def check_implementation(impl: str) -> None:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if impl == "triton":
-        _triton()
+        import_triton("triton_kernels")
 
 
 @torch.compiler.disable
@@ -61,16 +62,44 @@ def sum_terms(
     Raises:
         RuntimeError: ``impl="triton"`` cannot be had for these tensors or this loss; it says why.
     """
+    return sum_levels(terms, [logits], [labels], weights, impl)
+
+
+@torch.compiler.disable
+def sum_levels(
+    terms: Terms,
+    logits: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    weights: Tensor | None = None,
+    impl: str = "auto",
+) -> LossSums:
+    """:func:`sum_terms` over several feature levels at once, with as few launches as may be.
+
+    Args:
+        terms: the loss.
+        logits: at least one (N, ..., K), one a level, all of one dtype.
+        labels: (N, ...) of each level.
+        weights, impl: see :func:`sum_terms`.
+
+    Returns:
+        The sums over all levels, (N,) each.
+
+    Raises:
+        RuntimeError: see :func:`sum_terms`.
+    """
+    first = logits[0]
     if weights is None:
-        weights = torch.ones(len(logits), dtype=accurate(logits.dtype), device=logits.device)
-    weights = weights.detach().to(accurate(logits.dtype))
+        weights = torch.ones(len(first), dtype=accurate(first.dtype), device=first.device)
+    weights = weights.detach().to(accurate(first.dtype))
     if impl == "eager":
-        with full_precision(logits):
-            return LossSums(*eager.sum_terms(terms, logits, labels, weights))
-    fused = choose(impl, terms, logits)
+        with full_precision(first):
+            pairs = zip(logits, labels, strict=True)
+            sums = [eager.sum_terms(terms, x, y, weights) for x, y in pairs]
+        return LossSums(*(torch.stack(parts).sum(0) for parts in zip(*sums, strict=True)))
+    fused = choose(impl, terms, first)
     if not torch.is_grad_enabled():  # which a function of its own is not told
-        logits = logits.detach()
-    return LossSums(*_SumTerms.apply(logits, labels, weights, terms, fused))
+        logits = [x.detach() for x in logits]
+    return LossSums(*_SumTerms.apply(labels, weights, terms, fused, *logits))
 
 
 @torch.compiler.disable
@@ -120,19 +149,24 @@ def choose(impl: str, terms: Terms, logits: Tensor) -> Any:
     if impl == "torch" or (impl == "auto" and not logits.is_cuda):
         return blocks
     try:
-        triton = _triton()
+        triton = import_triton("triton_kernels")
         triton.prepare(terms, logits)
     except RuntimeError as error:
         if impl == "triton":
             raise
-        _warn_once(str(error))
+        warn_once(f"the loss is computed by plain PyTorch operations: {error}")
         return blocks
     return triton
 
 
-def _triton() -> Any:
+def import_triton(module: str) -> Any:
+    """A module of this package that needs Triton.
+
+    Raises:
+        RuntimeError: it cannot be imported; it says why.
+    """
     try:
-        return importlib.import_module("focal_det.kernels.triton_kernels")
+        return importlib.import_module(f"{__package__}.{module}")
     except ImportError as error:
         raise RuntimeError(f'impl="triton" is not available: {error}') from error
 
@@ -140,48 +174,53 @@ def _triton() -> Any:
 _warned: set[str] = set()
 
 
-def _warn_once(reason: str) -> None:
-    if reason not in _warned:
-        _warned.add(reason)
-        logger.warning(f"the loss is computed by plain PyTorch operations: {reason}")
+def warn_once(message: str) -> None:
+    """Log a warning, the first time that it is asked for."""
+    if message not in _warned:
+        _warned.add(message)
+        logger.warning(message)
 
 
 class _SumTerms(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor, terms: Terms, fused: Any
+        ctx: Any,
+        labels: Sequence[Tensor],
+        weights: Tensor,
+        terms: Terms,
+        fused: Any,
+        *logits: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.terms, ctx.fused = terms, fused
         # float16 gradients of easy terms would vanish before the loss scale of automatic mixed
         # precision reaches them: they wait for it. bfloat16 has the exponents of float32.
-        ctx.waits = logits.dtype == torch.float16
-        grad = None
-        if ctx.needs_input_grad[0] and not ctx.waits:
-            grad = torch.empty_like(logits)
-        with full_precision(logits):
-            total, foreground = fused.sum_terms(terms, logits, labels, weights, grad)
+        ctx.waits = logits[0].dtype == torch.float16
+        with_grads = any(ctx.needs_input_grad) and not ctx.waits
+        with full_precision(logits[0]):
+            (total, foreground), grads = fused.sum_levels(
+                terms, logits, labels, weights, with_grads
+            )
         if ctx.waits:
-            ctx.save_for_backward(logits, labels, weights)
+            ctx.save_for_backward(weights, *labels, *logits)
         else:
-            ctx.save_for_backward(grad)
+            ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(foreground)
         return total, foreground
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_total: Tensor, grad_foreground: Tensor
-    ) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad_total: Tensor, grad_foreground: Tensor) -> tuple[Any, ...]:
         _refuse_second_derivative()
         if ctx.waits:
-            logits, labels, weights = ctx.saved_tensors
-            grad = torch.empty_like(logits)
-            with full_precision(logits):
-                ctx.fused.sum_terms(ctx.terms, logits, labels, weights * grad_total, grad)
+            weights, *saved = ctx.saved_tensors
+            labels, logits = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+            weights = weights * grad_total
+            with full_precision(logits[0]):
+                _, grads = ctx.fused.sum_levels(ctx.terms, logits, labels, weights, True)
         else:
-            (grad,) = ctx.saved_tensors
             # Of use once more only to a graph that is kept.
-            grad = ctx.fused.scale(grad, grad_total, in_place=not _graph_is_kept())
-        return grad, None, None, None, None
+            in_place = not _graph_is_kept()
+            grads = [ctx.fused.scale(x, grad_total, in_place) for x in ctx.saved_tensors]
+        return None, None, None, None, *grads
 
 
 class _ElementwiseTerms(torch.autograd.Function):

@@ -23,6 +23,12 @@ from .terms import Terms
 
 
 @triton.jit
+def exp(x):
+    """``e^x``, 0 where it is below the normal numbers; off by up to ``|x|`` roundings."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def log1p(x):
     """``log(1 + x)`` for x > -1, accurate near 0 too, where 1 + x would round x away."""
     # The series x - x^2 / 2 + x^3 / 3 - ...: below 1/4 the terms dropped are less than a rounding.
@@ -33,10 +39,23 @@ def log1p(x):
 
 
 @triton.jit
+def softplus(x):
+    """``log(1 + e^x)``, without a logarithm.
+
+    ``max(x, 0) + log(1 + u)`` with ``u = e^-|x| <= 1``, where a polynomial gives ``log(1 + u) / u``
+    to 5e-9 of itself (minimax, degree 9): less than its roundings.
+    """
+    u = exp(-tl.abs(x))
+    series = 0.10603655 - u * (0.0569595322 - u * (0.0198514629 - u * 0.00324402517))
+    series = 0.333299637 - u * (0.249541342 - u * (0.196759388 - u * (0.153055921 - u * series)))
+    return tl.maximum(x, 0.0) + u * (1.0 - u * (0.499999017 - u * series))
+
+
+@triton.jit
 def expm1(x):
     """``exp(x) - 1``, accurate near 0 too."""
     series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6)))))
-    return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1.0)
+    return tl.where(tl.abs(x) < 0.25, series, exp(x) - 1.0)
 
 
 @triton.jit
@@ -63,9 +82,9 @@ def _sub(a: str, b: str, alpha: float = 1) -> str:
 def _clamp(x: str, low: str | None = None, high: str | None = None) -> str:
     # tl.clamp wants both ends. NaN passes through, as in torch.
     if low is not None:
-        x = f"tl.where({x} < {low}, {low}, {x})"
+        x = EXPRESSIONS["maximum"](x, low)
     if high is not None:
-        x = f"tl.where({x} > {high}, {high}, {x})"
+        x = EXPRESSIONS["minimum"](x, high)
     return x
 
 
@@ -73,11 +92,11 @@ def _power(x: str, exponent: str) -> str:
     try:
         number = float(exponent)
     except ValueError:  # a tensor
-        return f"tl.exp({exponent} * tl.log({x}))"
+        return f"exp({exponent} * tl.log({x}))"
     if number == 0.5:
         return f"tl.sqrt({x})"
     if number != int(number):
-        return f"tl.exp({exponent} * tl.log({x}))"
+        return f"exp({exponent} * tl.log({x}))"
     if abs(number) > 16:
         raise RuntimeError(f"the loss uses a power of {exponent}, which has no translation")
     product = " * ".join([x] * int(abs(number))) or "1.0"
@@ -107,7 +126,7 @@ EXPRESSIONS: dict[str, Callable[..., str]] = {
     "cos": _call("tl.cos"),
     "div": _infix("/"),
     "eq": _infix("=="),
-    "exp": _call("tl.exp"),
+    "exp": _call("exp"),
     "expm1": _call("expm1"),
     "copy": lambda _, source: source,
     "full": lambda _, value: value,
@@ -131,7 +150,7 @@ EXPRESSIONS: dict[str, Callable[..., str]] = {
     "relu": lambda x: _clamp(x, low="0.0"),
     "rsqrt": lambda x: f"1.0 / tl.sqrt({x})",
     "scalar_tensor": _same,
-    "sigmoid": lambda x: f"1.0 / (1.0 + tl.exp(-{x}))",
+    "sigmoid": lambda x: f"1.0 / (1.0 + exp(-{x}))",
     "sign": _call("sign"),
     "sin": _call("tl.sin"),
     "sqrt": _call("tl.sqrt"),
@@ -147,7 +166,14 @@ LOGICAL = ("bitwise_and", "bitwise_not", "bitwise_or", "logical_and", "logical_n
 MAKERS = ("full", "full_like", "scalar_tensor", "_to_copy")
 """Whose keyword arguments say where and in what dtype a tensor is made."""
 
-HELPERS = {"log1p": log1p, "expm1": expm1, "tanh": tanh, "sign": sign}
+HELPERS = {
+    "exp": exp,
+    "log1p": log1p,
+    "softplus": softplus,
+    "expm1": expm1,
+    "tanh": tanh,
+    "sign": sign,
+}
 
 
 def device_function(terms: Terms) -> Any:
@@ -188,6 +214,7 @@ def _statements(terms: Terms, foreground: bool) -> list[str]:
     """Lines that assign `value` and `slope` from `z`."""
     graph = _trace(terms, foreground)
     names: dict[Node, str] = {}
+    exponents: dict[str, str] = {}  # of the variables that are an exponential
     lines = []
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -205,7 +232,13 @@ def _statements(terms: Terms, foreground: bool) -> list[str]:
             names[node] = names[node.args[0]]
         else:
             name = f"t{len(lines)}"
-            lines.append(f"{name} = {_expression(node, names)}")
+            operation = _operation(node).rstrip("_")
+            if operation == "exp":
+                exponents[name] = names[node.args[0]]
+            if operation == "log1p" and names[node.args[0]] in exponents:
+                lines.append(f"{name} = softplus({exponents[names[node.args[0]]]})")
+            else:
+                lines.append(f"{name} = {_expression(node, names)}")
             if _operation(node).endswith("_"):  # in place: whoever holds the tensor sees it
                 changed = names[node.args[0]]
                 names.update({other: name for other, n in names.items() if n == changed})

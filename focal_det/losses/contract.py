@@ -25,7 +25,7 @@ from focal_det.kernels import (
     Terms,
     check_implementation,
     elementwise_terms,
-    sum_terms,
+    sum_levels,
     sum_terms_per_anchor,
 )
 
@@ -356,11 +356,7 @@ class ElementwiseLoss(ClassificationLoss):
         weights: Tensor | None = None,
     ) -> LossSums:
         """See :meth:`ClassificationLoss.per_image`; `boxes` is not read."""
-        terms, impl = self.terms(), self._implementation()
-        levels = [
-            sum_terms(terms, x, y, weights, impl) for x, y in zip(logits, labels, strict=True)
-        ]
-        return LossSums(*(torch.stack(sums).sum(0) for sums in zip(*levels, strict=True)))
+        return sum_levels(self.terms(), logits, labels, weights, self._implementation())
 
     @torch.no_grad()
     def per_anchor(self, logits: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor | None:

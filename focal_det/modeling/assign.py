@@ -2,35 +2,37 @@
 
 Detectron2's rule, bit for bit, but the (M, R) matrix of overlaps never exists: blocks of it are
 computed, reduced and forgotten, so that memory does not grow with the number of boxes. On a GPU
-nothing here waits for the device.
+nothing here waits for the device; with Triton it is two kernels for all images of a batch.
 
-Letters: R anchors, M ground-truth boxes of one image, A anchors and B boxes in a block, K classes.
+Letters: N images, R anchors, M ground-truth boxes of one image, A anchors and B boxes in a block,
+K classes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from detectron2.modeling.matcher import Matcher
 from torch import Tensor
 
+from focal_det.kernels.sums import import_triton, warn_once
 from focal_det.kernels.terms import can_pick
 from focal_det.overlap import iou, may_meet, sides
 
 BLOCK_PAIRS_CPU = 1 << 17
 """(box, anchor) pairs in a block: 512 KiB a temporary, few enough of them to stay in a cache."""
 
-BLOCK_PAIRS_DEVICE = 1 << 20
-"""The same on a GPU: 4 MiB a temporary, some 16 MiB in all, and work enough for a launch."""
+BLOCK_PAIRS_DEVICE = 1 << 22
+"""The same on a GPU: 16 MiB a temporary, some 64 MiB in all, and work enough for a launch."""
 
 BLOCK_BOXES = 32
 """Boxes in a block. Fewer of them make room for more anchors, and so for fewer blocks."""
 
 
-@torch.no_grad()
 def label_anchors(
     anchors: Tensor, gt_boxes: Tensor, gt_classes: Tensor, num_classes: int, matcher: Matcher
 ) -> tuple[Tensor, Tensor]:
-    """Class and box that each anchor of one image is trained on, as ``RetinaNet.label_anchors``.
+    """:func:`label_batch` for one image.
 
     Args:
         anchors: (R, 4) XYXY pixels, of all levels.
@@ -40,18 +42,104 @@ def label_anchors(
         matcher: see :func:`match_anchors`.
 
     Returns:
-        Labels (R,), ``0..K-1`` foreground, ``K`` background, ``-1`` ignored, and matched boxes
-        (R, 4) in float32, which mean something for foreground anchors only.
+        Labels (R,) and matched boxes (R, 4).
     """
-    matches, match_labels = match_anchors(anchors, gt_boxes, matcher)
-    if len(gt_boxes) == 0:
+    labels, boxes = label_batch(anchors, [gt_boxes], [gt_classes], num_classes, matcher)
+    return labels[0], boxes[0]
+
+
+@torch.no_grad()
+def label_batch(
+    anchors: Tensor,
+    gt_boxes: Sequence[Tensor],
+    gt_classes: Sequence[Tensor],
+    num_classes: int,
+    matcher: Matcher,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Class and box that each anchor is trained on, as ``RetinaNet.label_anchors``.
+
+    Args:
+        anchors: (R, 4) XYXY pixels, of all levels.
+        gt_boxes: N tensors (M, 4) XYXY pixels.
+        gt_classes: N tensors (M,) of integers in ``0..K-1``.
+        num_classes: K.
+        matcher: see :func:`match_anchors`.
+        impl: see :func:`match_batch`.
+
+    Returns:
+        Labels (N, R), ``0..K-1`` foreground, ``K`` background, ``-1`` ignored, and matched boxes
+        (N, R, 4) in float32, which mean something for foreground anchors only.
+    """
+    matches, match_labels = match_batch(anchors, gt_boxes, matcher, impl)
+    counts = [len(boxes) for boxes in gt_boxes]
+    if sum(counts) == 0:
         # Background even if the matcher would ignore what overlaps with nothing.
-        matched_boxes = torch.zeros_like(anchors, dtype=torch.float32)
+        matched_boxes = anchors.new_zeros(*matches.shape, 4, dtype=torch.float32)
         return torch.full_like(matches, num_classes), matched_boxes
-    labels = gt_classes[matches]
+    start = 0
+    for row, count in zip(matches, counts, strict=True):
+        # An image without boxes takes any: none of its anchors is foreground.
+        row += start if count else 0
+        start += count
+    labels = torch.cat(list(gt_classes))[matches]
     labels.masked_fill_(match_labels == 0, num_classes)
     labels.masked_fill_(match_labels == -1, -1)
-    return labels, gt_boxes.float()[matches]
+    for row, count in zip(labels, counts, strict=True):
+        if count == 0:
+            row.fill_(num_classes)
+    return labels, torch.cat([boxes.float() for boxes in gt_boxes])[matches]
+
+
+@torch.no_grad()
+def match_batch(
+    anchors: Tensor, gt_boxes: Sequence[Tensor], matcher: Matcher, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """:func:`match_anchors` for all images of a batch.
+
+    Args:
+        anchors: (R, 4) XYXY pixels.
+        gt_boxes: N tensors (M, 4) XYXY pixels.
+        matcher: see :func:`match_anchors`.
+        impl: ``triton``, two kernels, CUDA; ``auto``, that where it can be had, else blocks of
+            plain PyTorch; any other of :data:`focal_det.kernels.IMPLEMENTATIONS`: those blocks.
+
+    Returns:
+        Index of the box of its image with the highest IoU (N, R) int64, and the matcher's label
+        (N, R) int8.
+
+    Raises:
+        RuntimeError: ``impl="triton"`` cannot be had; it says why.
+    """
+    counts = [len(boxes) for boxes in gt_boxes]
+    triton = _triton_for(anchors.device, impl) if anchors.numel() and sum(counts) else None
+    if triton is None:
+        matched = [match_anchors(anchors, boxes, matcher) for boxes in gt_boxes]
+        matches, match_labels = zip(*matched, strict=True)
+        return torch.stack(matches), torch.stack(match_labels)
+    best_iou, indices, is_best = triton.match(
+        sides(anchors), sides(torch.cat([boxes.float() for boxes in gt_boxes])), counts
+    )
+    return indices, _match_labels(best_iou, is_best, matcher)
+
+
+def _triton_for(device: torch.device, impl: str) -> Any:
+    """The module of the Triton kernels, or None where plain PyTorch is to be used.
+
+    Raises:
+        RuntimeError: Triton is asked for and cannot be had.
+    """
+    if impl not in ("auto", "triton") or (impl == "auto" and device.type != "cuda"):
+        return None
+    try:
+        module = import_triton("triton_match")
+        module.prepare(device)
+    except RuntimeError as error:
+        if impl == "triton":
+            raise
+        warn_once(f"anchors are matched by plain PyTorch operations: {error}")
+        return None
+    return module
 
 
 @torch.no_grad()
@@ -89,13 +177,27 @@ def match_anchors(anchors: Tensor, gt_boxes: Tensor, matcher: Matcher) -> tuple[
             highest_here[boxes] = overlaps.amax(1)
             _keep_better(overlaps, boxes, best_iou[block], matches[block])
 
-    for label, low, high in zip(
-        matcher.labels, matcher.thresholds[:-1], matcher.thresholds[1:], strict=True
-    ):
-        match_labels.masked_fill_((best_iou >= low) & (best_iou < high), label)
+    is_best = None
     if matcher.allow_low_quality_matches:
-        match_labels.masked_fill_(_is_best_of_a_box(anchor_sides, box_sides, blocks, highest), 1)
-    return matches, match_labels
+        is_best = _is_best_of_a_box(anchor_sides, box_sides, blocks, highest)
+    return matches, _match_labels(best_iou, is_best, matcher)
+
+
+def _match_labels(best_iou: Tensor, is_best: Tensor | None, matcher: Matcher) -> Tensor:
+    """The matcher's labels, int8, from the highest IoU of each anchor, of any shape.
+
+    Args:
+        best_iou: float32.
+        is_best: the low-quality matches, bool; read where the matcher allows them.
+        matcher: states thresholds and labels.
+    """
+    # The matcher's thresholds ascend from -inf: every overlap reaches one of its levels.
+    labels = torch.full_like(best_iou, matcher.labels[0], dtype=torch.int8)
+    for label, low in zip(matcher.labels[1:], matcher.thresholds[1:-1], strict=True):
+        labels.masked_fill_(best_iou >= low, label)
+    if is_best is not None and matcher.allow_low_quality_matches:
+        labels.masked_fill_(is_best, 1)
+    return labels
 
 
 def _is_best_of_a_box(

@@ -25,7 +25,7 @@ from focal_det.losses import build_loss
 from focal_det.losses.contract import as_classification_loss, join_levels
 
 from .anchors import AnchorCache
-from .assign import label_anchors
+from .assign import label_batch
 from .box_loss import box_loss_per_image, check_box_loss
 from .deferred import DeferredScalars
 from .diagnostics import TrainingDiagnostics
@@ -216,19 +216,15 @@ class FocalRetinaNet(RetinaNet):
         """
         if type(self.anchor_matcher) is not Matcher:
             return super().label_anchors(anchors, gt_instances)
-        all_anchors = Boxes.cat(anchors).tensor
-        matched = [
-            label_anchors(
-                all_anchors,
-                instances.gt_boxes.tensor,
-                instances.gt_classes,
-                self.num_classes,
-                self.anchor_matcher,
-            )
-            for instances in gt_instances
-        ]
-        gt_labels, gt_boxes = zip(*matched, strict=True)
-        return list(gt_labels), list(gt_boxes)
+        labels, boxes = label_batch(
+            Boxes.cat(anchors).tensor,
+            [instances.gt_boxes.tensor for instances in gt_instances],
+            [instances.gt_classes for instances in gt_instances],
+            self.num_classes,
+            self.anchor_matcher,
+            getattr(self.cls_loss, "impl", "auto"),
+        )
+        return list(labels), list(boxes)
 
     def losses(
         self,

@@ -432,7 +432,7 @@ def test_use_returns_the_loss(impl: str) -> None:
 @pytest.fixture
 def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton cannot be imported."""
-    for name in ("triton_kernels", "translate"):
+    for name in ("triton_kernels", "triton_match", "translate"):
         monkeypatch.delitem(sys.modules, f"focal_det.kernels.{name}", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
         monkeypatch.delitem(sys.modules, name)
@@ -475,7 +475,7 @@ def test_auto_takes_what_triton_refuses_and_triton_does_not(
     def refuse(terms: Terms, logits: Tensor) -> None:
         raise RuntimeError(f"no kernel for {terms.key}")
 
-    monkeypatch.setattr(sums, "_triton", lambda: SimpleNamespace(prepare=refuse))
+    monkeypatch.setattr(sums, "import_triton", lambda module: SimpleNamespace(prepare=refuse))
     for key in ("a", "a", "b"):
         terms = Terms(itself, None, key=key)
         assert sums.choose("auto", terms, ON_A_GPU) is blocks
@@ -600,7 +600,7 @@ def test_a_whole_graph_is_refused_with_the_reason() -> None:
     step = torch.compile(
         lambda x, y: loss.per_image([x], [y]).total, backend="eager", fullgraph=True
     )
-    with pytest.raises(RuntimeError, match="sum_terms"):
+    with pytest.raises(RuntimeError, match="sum_levels"):
         step(logits, labels)
 
 

@@ -252,7 +252,8 @@ def test_the_test_finds_each_step_of_detectron2_waiting(step):
 )
 def test_the_test_finds(wait):
     x = torch.empty(3, device=DEVICE)
-    with pytest.raises(WAITING):
+    # Where PyTorch has a real GPU it does not even fake a number's way from the host to this one.
+    with pytest.raises((*WAITING, NotImplementedError)):
         wait(x)
 
 
