@@ -40,7 +40,7 @@ from focal_det.lab.running import differ
 from focal_det.lab.sweep import run_sweep
 from focal_det.lab.tables import Table, built_in, load_table
 from focal_det.lab.trial_records import load_records
-from focal_det.lab.trials import Trial, make_trials
+from focal_det.lab.trials import Trial, make_trials, said
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def parse(argv: Sequence[str] | None = None, command: Command | None = None) -> 
     try:
         check(args)
     except (AssertionError, KeyError, OSError, ValueError) as error:
-        parser.error(str(error))
+        parser.error(said(error))
     return args
 
 
@@ -206,6 +206,8 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and value < least:
             raise ValueError(f"--{flag} must be {least} or more, got {value}")
+    if Path(args.output).exists() and not Path(args.output).is_dir():
+        raise ValueError(f"--output must name a folder, got {args.output!r}, a file")
     if not Path(args.config).is_file():
         raise ValueError(f"--config must name a YAML file, got {args.config!r}")
     names = (

@@ -91,6 +91,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.cpus is not None and args.cpus < 1:
         parser.error(f"--cpus must be 1 or more, got {args.cpus}")
+    if args.output.exists() and not args.output.is_dir():
+        parser.error(f"--output must name a folder, got '{args.output}', a file")
     try:
         sweeps = results.read_sweeps(RESULTS / "sweeps.yaml")
         for name in args.sweeps:

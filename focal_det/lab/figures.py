@@ -19,7 +19,7 @@ from focal_det.losses import CrossEntropyLoss, ElementwiseLoss, FocalLoss, Focal
 
 from .charts import plain
 from .imbalance import relative
-from .summary import RANKED
+from .summary import RANKED, shows_times
 
 GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)  # arXiv 1708.02002, Figure 1
 FORMS: dict[str, ElementwiseLoss] = {  # Figures 5 and 6, without alpha
@@ -234,13 +234,15 @@ def speed_panels(summaries: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[
         summaries: of :func:`focal_det.lab.summary.summarise`.
 
     Raises:
-        ValueError: a sweep without both an AP and a time in any row, or two that cannot be told
-            apart.
+        ValueError: a sweep of a table that shows no times, one without both an AP and a time in any
+            row, or two that cannot be told apart.
     """
     panels: dict[str, list[dict[str, Any]]] = {}
     for summary in summaries:
         iterations = ", ".join(map(str, summary["iterations"]))
         title = f"{', '.join(summary['data'])}; {iterations} it.; {', '.join(summary['devices'])}"
+        if not shows_times(summary):
+            raise ValueError(f"{title}: not a table of times, its trials may have shared cores")
         points = speed_points(summary)
         if not points:
             raise ValueError(f"{title}: no row has both an AP and a time")

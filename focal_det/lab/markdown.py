@@ -6,7 +6,7 @@ from typing import Any
 from focal_det.analysis.records import METRICS
 
 from .measuring import TIMED
-from .summary import MACHINE
+from .summary import MACHINE, has_papers_times, shows_times
 
 SHOWN = ("AP", "AP50", "AP75")  # and those that the paper has
 # Column -> measure, its unit and form.
@@ -77,16 +77,6 @@ def papers_metrics(summary: dict[str, Any]) -> list[str]:
         for name in METRICS
         if name in SHOWN or any(name in row["paper"] for row in summary["rows"])
     ]
-
-
-def shows_times(summary: dict[str, Any]) -> bool:
-    """Whether the table is one of times: of detectors, or with the paper's milliseconds."""
-    return summary["speed"] or has_papers_times(summary)
-
-
-def has_papers_times(summary: dict[str, Any]) -> bool:
-    """Whether the paper gives milliseconds for any row."""
-    return any("milliseconds" in row["paper"] for row in summary["rows"])
 
 
 def conclude(summary: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from focal_det.safe_loading import load_yaml
 
 from .summary import leaves, summarise
 from .tables import Table, load_table
-from .trial_records import read_record
+from .trial_records import load_setting, read_record
 from .trials import base_config, row_config
 
 NEEDED = frozenset({"name", "data", "num_classes", "config", "tables"})
@@ -122,11 +122,7 @@ def read_records(folder: Path) -> list[tuple[Setting, dict[str, Any]]]:
     """
     found = [read_record(path) for path in sorted(folder.glob("*.json"))]
     # A sweep that is kept has one process a trial.
-    return [
-        (setting(CfgNode.load_cfg(record["config"])), record)
-        for record in found
-        if record["processes"] == 1
-    ]
+    return [(setting(load_setting(record)), record) for record in found if record["processes"] == 1]
 
 
 def summarise_sweep(

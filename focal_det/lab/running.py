@@ -63,7 +63,8 @@ def run_trial(
         FCOS points), ``peak_memory_mib`` until the last step (the main process), ``inference_ms``
         (median and 95th percentile, one image), ``environment``, and ``error``, why training was
         given up (see :func:`shorten_paths`; the sweep's folder is that above ``folder``'s parent),
-        or None. What could not be measured is None, and ``not_measured`` says why.
+        or None. What could not be measured is None, and ``not_measured`` says why. Seconds, images
+        per second and peak memory are of this try alone, from ``resumed_from`` on.
 
     Raises:
         RuntimeError: another process runs this trial in this folder.

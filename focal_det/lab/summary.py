@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
-from detectron2.config import CfgNode
-
 from focal_det.analysis.records import METRICS
 from focal_det.losses.registry import get_key
 
 from .measuring import ANCHORED
 from .rivals import DIFFERENCES, META_ARCHITECTURES, differences
 from .tables import Table
+from .trial_records import load_setting
 
 RANKED = "AP"
 MIN_ORDERED = 4  # rows; of fewer, too many orders come about by chance to say anything of one
@@ -113,11 +112,21 @@ def summarise(table: Table, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def shows_times(summary: Mapping[str, Any]) -> bool:
+    """Whether the table is one of times: of detectors, or with the paper's milliseconds."""
+    return bool(summary["speed"]) or has_papers_times(summary)
+
+
+def has_papers_times(summary: Mapping[str, Any]) -> bool:
+    """Whether the paper gives milliseconds for any row."""
+    return any("milliseconds" in row["paper"] for row in summary["rows"])
+
+
 def _differs(of_row: Sequence[dict[str, Any]], detector: str) -> str:
     if detector == OURS or not of_row:
         return DIFFERENCES[detector]
     try:
-        return differences(CfgNode.load_cfg(of_row[0]["config"]), detector)
+        return differences(load_setting(of_row[0]), detector)
     except (AttributeError, KeyError):  # the config of an earlier version, without some key
         return DIFFERENCES[detector]
 
@@ -171,7 +180,7 @@ def unequal_settings(
         facts |= {f"annotations of {name}": x for name, x in record["annotations"].items()}
         for name, value in facts.items():
             seen.setdefault(name, set()).add(str(value))
-        cfg = CfgNode.load_cfg(record["config"])
+        cfg = load_setting(record)
         for key in shared:
             for name, value in leaves(key, get_key(cfg, key)):
                 if name not in OF_THE_LOSS:

@@ -37,6 +37,12 @@ MAX_SCALES = 8
 PAPER_KEYS = (*METRICS, "milliseconds")
 RESERVED = frozenset({"results", "metrics"})  # whose .json other tools write
 TABLE_KEYS = frozenset({"title", "source", "overrides", "rows", "axes", "speed"})
+NOT_OVERRIDES = {
+    "SEED": "--seeds says how many there are, from 1 on",
+    "OUTPUT_DIR": "--output says that",
+    "MODEL.META_ARCHITECTURE": "a row's `detector` says that",
+}
+"""Keys that a sweep sets itself, and where it takes them from."""
 ROW_KEYS = frozenset(
     {"label", "overrides", "anchors", "image_scale", "deeper", "detector", "paper"}
 )
@@ -72,6 +78,9 @@ class Row:
                 backbone that has no deeper one.
         """
         for key, value in self.overrides.items():
+            check_override(key)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{key} must be a finite number, got {value}")
             if value is None:
                 # Detectron2 would take it for any key.
                 raise ValueError(f"{key} must have a value, got null")
@@ -116,6 +125,16 @@ class Table:
     def timed(self) -> bool:
         """Whether it shows times, so that its trials must not share cores."""
         return self.speed or any("milliseconds" in row.paper for row in self.rows)
+
+
+def check_override(key: str) -> None:
+    """Refuse what would be overridden in turn.
+
+    Raises:
+        ValueError: says what to use instead.
+    """
+    if key in NOT_OVERRIDES:
+        raise ValueError(f"{key} cannot be overridden: {NOT_OVERRIDES[key]}")
 
 
 def built_in() -> list[str]:

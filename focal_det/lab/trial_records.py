@@ -1,8 +1,12 @@
 """The record of a trial: one JSON file, of a form that everything that reads it can rely on."""
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from detectron2.config import CfgNode
+from yaml import YAMLError
 
 from focal_det.analysis import records
 
@@ -52,9 +56,46 @@ def read_record(path: Path) -> dict[str, Any]:
     for name, kind in PARTS.items():
         if not isinstance(record.get(name), kind) or isinstance(record[name], bool):
             raise ValueError(f"{path}: {name} is missing or of another kind")
+    problem = _find_problem(record)
+    if problem:
+        raise ValueError(f"{path}: {problem}")
     environment = {"commit": None, "device": "unknown", **record["environment"]}
     metrics = {**dict.fromkeys(records.METRICS), **record["metrics"]}
     return {**SINCE, **record, "metrics": metrics, "environment": environment}
+
+
+def _find_problem(record: Mapping[str, Any]) -> str | None:
+    """What in a record would stumble its readers, or None."""
+    for name, value in record["metrics"].items():
+        if value is not None and not _is_number(value):
+            return f"metrics: {name} must be a number or null, got {value!r}"
+    for part in record["data"]:
+        if not isinstance(part, list) or not all(isinstance(name, str) for name in part):
+            return f"data must be lists of names, got {part!r}"
+    times = record.get("inference_ms")
+    if times is not None and not (
+        isinstance(times, Mapping) and all(map(_is_number, times.values()))
+    ):
+        return f"inference_ms must have numbers by name, got {times!r}"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return known and math.isfinite(value)
+
+
+def load_setting(record: Mapping[str, Any]) -> CfgNode:
+    """The config of a record.
+
+    Raises:
+        ValueError: it cannot be read; the record is named.
+    """
+    try:
+        return CfgNode.load_cfg(record["config"])
+    except (AttributeError, TypeError, ValueError, YAMLError) as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"record {record['key']}: its config cannot be read: {told}") from error
 
 
 def save_record(record: dict[str, Any], output: Path) -> None:

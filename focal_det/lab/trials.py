@@ -14,7 +14,8 @@ from detectron2.modeling import build_model
 from focal_det.config import add_config, check_training
 from focal_det.data import dataset_classes
 
-from .tables import Row, Table
+from .rivals import META_ARCHITECTURES
+from .tables import Row, Table, check_override
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,7 @@ def make_trials(
         ValueError: another value that cannot be used, or two rows that are one setting with this
             config; the rows are named.
     """
-    for name in dataset_names(data):
-        if name not in DatasetCatalog:
-            raise ValueError(f"--data {data}: {name!r} is not registered; there are {_pairs()}")
+    _check_data(data)
     base = base_config(
         config_file,
         data=data,
@@ -105,7 +104,7 @@ def make_trials(
             _check_trial(first)
             _try_to_build(first)
         except (AssertionError, KeyError, ValueError) as error:
-            raise type(error)(f"table {table.name}, row {row.label!r}: {error}") from error
+            raise type(error)(f"table {table.name}, row {row.label!r}: {said(error)}") from error
     trials = []
     for seed in range(1, seeds + 1):
         for row in table.rows:
@@ -129,11 +128,33 @@ def _first_trials(table: Table, base: CfgNode) -> list[CfgNode]:
         try:
             cfg = row_config(base, row, 1)
         except (AssertionError, KeyError, ValueError) as error:
-            raise type(error)(f"{where}: {error}") from error
+            raise type(error)(f"{where}: {said(error)}") from error
         other, _ = found.setdefault(cfg.dump(), (row.label, cfg))
         if other != row.label:
             raise ValueError(f"{where}: with this config it is the same setting as row {other!r}")
     return [cfg for _, cfg in found.values()]
+
+
+def said(error: Exception) -> str:
+    """The message of an error; a KeyError's own text has quotes around it."""
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+
+
+def _check_data(data: str) -> None:
+    """See that both parts of a data set are registered.
+
+    Raises:
+        ValueError: one is not; says what there is.
+    """
+    if not data:
+        raise ValueError(f"--data must name a data set, got {data!r}; there are {_pairs()}")
+    for name in dataset_names(data):
+        if name in DatasetCatalog:
+            continue
+        whole = data.removesuffix("_train").removesuffix("_val")
+        both = whole != data and all(part in DatasetCatalog for part in dataset_names(whole))
+        there = f"--data {whole} names both parts" if both else f"there are {_pairs()}"
+        raise ValueError(f"--data {data}: {name!r} is not registered; {there}")
 
 
 def dataset_names(data: str) -> tuple[str, str]:
@@ -161,10 +182,20 @@ def base_config(
     Raises:
         AssertionError, KeyError: an option that is no config key (Detectron2's messages).
         OSError: the config file cannot be read.
+        ValueError: another meta-architecture than FocalRetinaNet, or an option that a sweep sets
+            itself.
     """
     base = get_cfg()
     add_config(base)
     base.merge_from_file(config_file)
+    ours, found = META_ARCHITECTURES["focal_det"], base.MODEL.META_ARCHITECTURE
+    if found != ours:
+        raise ValueError(
+            f"{config_file}: MODEL.META_ARCHITECTURE must be {ours}, got {found!r}: a row's "
+            "`detector` says which other one it is"
+        )
+    for key in options[::2]:
+        check_override(key)
     train, test = dataset_names(data)
     base.DATASETS.TRAIN, base.DATASETS.TEST = (train,), (test,)
     base.MODEL.RETINANET.NUM_CLASSES = num_classes
@@ -207,8 +238,9 @@ def _check_trial(cfg: CfgNode) -> None:
             f"DATASETS.TEST must name one data set, got {tuple(cfg.DATASETS.TEST)}: "
             "a trial has one AP"
         )
-    if cfg.SOLVER.MAX_ITER < 1:
-        raise ValueError(f"SOLVER.MAX_ITER must be 1 or more, got {cfg.SOLVER.MAX_ITER}")
+    for key in ("MAX_ITER", "IMS_PER_BATCH"):
+        if cfg.SOLVER[key] < 1:
+            raise ValueError(f"SOLVER.{key} must be 1 or more, got {cfg.SOLVER[key]}")
     check_weights(cfg)
     try:
         kind = torch.device(cfg.MODEL.DEVICE).type

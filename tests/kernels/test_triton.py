@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from focal_det.kernels import Terms, blocks, sum_terms, sum_terms_per_anchor, sums
+from focal_det.kernels import Terms, blocks, sum_levels, sum_terms, sum_terms_per_anchor, sums
 from focal_det.losses import (
     BalancedCrossEntropyLoss,
     CrossEntropyLoss,
@@ -279,6 +279,31 @@ def test_equal_inputs_give_equal_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, labels = inputs(2, 40, 3)
     first, second = (gradient_of(FocalLoss().terms(), logits, labels) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_levels_are_summed_together(dtype: torch.dtype) -> None:
+    """Of any layouts, one without anchors and one that the kernel has to copy among them."""
+    layouts = ("head", "six that do not merge", "flat", "every other anchor")
+    logits = [LAYOUTS[name]().to(dtype) for name in layouts]
+    logits.insert(1, torch.zeros(2, 0, 4, device=DEVICE, dtype=dtype))
+    labels = [inputs(*x.shape)[1] if x.numel() else x[..., 0].long() for x in logits]
+    results = {}
+    for impl in ("triton", "torch"):
+        leaves = [x.detach().requires_grad_() for x in logits]
+        found = sum_levels(FocalLoss().terms(), leaves, labels, WEIGHTS, impl)
+        grads = torch.autograd.grad(found.total[0] + 3 * found.total[1], leaves)
+        results[impl] = [found.total, found.foreground, *grads]
+    assert all(x.stride() == y.stride() for x, y in zip(logits, grads, strict=True))
+    unit = torch.finfo(dtype).eps
+    for one, other in zip(*results.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=max(1e-5, 2 * unit), atol=1e-7)
+    alone = [
+        sum_terms(FocalLoss().terms(), x, y, WEIGHTS, "triton")
+        for x, y in zip(logits, labels, strict=True)
+    ]
+    expected = torch.stack([each.total for each in alone]).sum(0)
+    torch.testing.assert_close(results["triton"][0], expected, rtol=1e-6, atol=0)
 
 
 # Scaling in the backward pass.

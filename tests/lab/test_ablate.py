@@ -8,7 +8,7 @@ import sys
 import pytest
 from written_records import make_trial
 
-from focal_det.lab.trial_records import read_record, save_record
+from focal_det.lab.trial_records import load_setting, read_record, save_record
 
 TABLE = """
 title: Two rates
@@ -96,6 +96,7 @@ def test_a_script_for_one_table_has_help_of_its_own(root, tmp_path):
         (("--table", "3", "--data", "digits_clutter", "--seeds", "0"), "--seeds must be 1 or more"),
         (("--table", "3", "--data", "digits_clutter", "--config", "x"), "--config must name a YA"),
         (("--table", "3", "--data", "digits_clutter", "--config", "list.yaml"), "list.yaml: a con"),
+        (("--table", "3", "--data", "digits_clutter", "--output", "list.yaml"), "must name a fold"),
         (
             ("--table", "3", "--data", "digits_clutter", "SOLVER.LR", "1"),
             "Non-existent key: SOLVER.LR",
@@ -152,6 +153,11 @@ def test_records_of_other_annotations_are_in_no_table(tool, few, tmp_path, capsy
         ('{"schema": 1}', "key is missing or of another kind"),
         ({"metrics": [1.0]}, "metrics is missing or of another kind"),
         ({"seed": True}, "seed is missing or of another kind"),
+        ({"metrics": {"AP": "12"}}, "metrics: AP must be a number or null, got '12'"),
+        ({"metrics": {"AP": float("nan")}}, "metrics: AP must be a number or null, got nan"),
+        ({"data": ["few_train"]}, "data must be lists of names, got 'few_train'"),
+        ({"data": [[1], ["few_val"]]}, r"data must be lists of names, got \[1\]"),
+        ({"inference_ms": 12.0}, "inference_ms must have numbers by name, got 12.0"),
     ],
 )
 def test_a_record_that_cannot_be_read_is_named(tmp_path, content, says):
@@ -161,6 +167,13 @@ def test_a_record_that_cannot_be_read_is_named(tmp_path, content, says):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=f"one.json: .*{says}"):
         read_record(path)
+
+
+def test_a_record_whose_config_cannot_be_read_is_named():
+    with pytest.raises(ValueError, match="record 0123: its config cannot be read: "):
+        load_setting({"key": "0123", "config": "MODEL: [1, 2"})
+    with pytest.raises(ValueError, match="record 0123: its config cannot be read: "):
+        load_setting({"key": "0123", "config": "[1, 2]"})
 
 
 def test_an_older_record_lacks_nothing(tmp_path):

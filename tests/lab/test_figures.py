@@ -232,5 +232,7 @@ def test_figures_are_drawn_from_what_sweeps_write(plot, load_tool, tmp_path):
     assert [point["AP"] for point in panels[titles[1]]] == [20.0, 20.0]
     with pytest.raises(ValueError, match=r"two sweeps of set 1; 40 it\.; CPU"):
         tool.speed_groups(contents[0], contents[0])
+    with pytest.raises(ValueError, match=r"set 1; .*: not a table of times, its trials may have"):
+        tool.speed_groups({**contents[0], "speed": False})
     traced = tool.over_ratio(*contents)
     assert [x["AP"]["CE"]["mean"] for x in traced["points"]] == [10.0, 20.0]

@@ -79,6 +79,7 @@ def cfg(few):
         ([9.0, 0.001, 0.002, 0.006], 1, 2.0, 6.0),  # of 1, 2, 6: not 9.2
         ([9.0, 9.0, 9.0, 0.004], 3, 4.0, 4.0),
         ([9.0, 9.0, 9.0, 0.004], 40, 4.0, 4.0),  # hardly any image
+        ([9.0] * 3 + [0.001] * 40 + [9.0] * 20, 3, 1.0, 1.0),  # no more than 40
     ],
 )
 def test_latency_is_in_milliseconds_without_the_first_images(

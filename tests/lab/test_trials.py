@@ -17,7 +17,7 @@ from focal_det.lab import trials as trials_module
 from focal_det.lab.measuring import background_per_foreground
 from focal_det.lab.running import run_trial, shorten_paths
 from focal_det.lab.tables import Row, Table, load_table
-from focal_det.lab.trials import base_config, make_trials
+from focal_det.lab.trials import base_config, make_trials, said
 
 DEMO = "configs/demo/focal_retinanet_digits.yaml"
 FAST = ("SOLVER.IMS_PER_BATCH", 2)
@@ -82,6 +82,22 @@ def test_the_number_of_classes_is_that_of_the_data(trials):
         ),
         (Row("r", {"SOLVER.BASE_LR": None}), ValueError, "SOLVER.BASE_LR must have a value"),
         (Row("r", {"SOLVER.MAX_ITER": 0}), ValueError, "SOLVER.MAX_ITER must be 1 or more, got 0"),
+        (
+            Row("r", {"SOLVER.IMS_PER_BATCH": 0}),
+            ValueError,
+            "IMS_PER_BATCH must be 1 or more, got 0",
+        ),
+        (
+            Row("r", {"SOLVER.BASE_LR": float("nan")}),
+            ValueError,
+            "must be a finite number, got nan",
+        ),
+        (Row("r", {"SEED": 7}), ValueError, "SEED cannot be overridden: --seeds says"),
+        (
+            Row("r", {"MODEL.META_ARCHITECTURE": "RetinaNet"}),
+            ValueError,
+            "MODEL.META_ARCHITECTURE cannot be overridden: a row's `detector` says that",
+        ),
         (Row("r", {"MODEL.DEVICE": "tpu"}), ValueError, "must be cpu or cuda, got 'tpu'"),
         (Row("r", {"MODEL.DEVICE": "meta"}), ValueError, "must be cpu or cuda, got 'meta'"),
         (Row("r", {"MODEL.WEIGHTS": "no.pth"}), ValueError, "there is no file 'no.pth'"),
@@ -105,6 +121,43 @@ def test_data_that_is_not_there_is_named_with_what_is(root):
         ValueError, match=r"--data no: 'no_train' is not .* there are .*digits_clut"
     ):
         make_trials(load_table("3"), config_file=str(root / DEMO), data="no", seeds=1)
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_part_of_the_data_is_answered_with_the_whole(root, few, part):
+    with pytest.raises(ValueError, match=rf"--data {few}_{part}: .* --data {few} names both parts"):
+        make_trials(load_table("3"), config_file=str(root / DEMO), data=f"{few}_{part}", seeds=1)
+
+
+def test_data_without_a_name_are_refused(root):
+    with pytest.raises(ValueError, match=r"--data must name a data set, got ''; there are "):
+        make_trials(load_table("3"), config_file=str(root / DEMO), data="", seeds=1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("SEED", 3, "--seeds"),
+        ("OUTPUT_DIR", "x", "--output"),
+        ("MODEL.META_ARCHITECTURE", "RetinaNet", "detector"),
+    ],
+)
+def test_an_option_that_would_be_overridden_is_refused(trials, key, value, says):
+    with pytest.raises(ValueError, match=f"{re.escape(key)} cannot be overridden: .*{says}"):
+        trials(options=(key, value))
+
+
+def test_a_config_of_another_model_is_refused(root, few, tmp_path):
+    """It would be trained as a FocalRetinaNet, and its name would say another."""
+    config = tmp_path / "other.yaml"
+    config.write_text(f"_BASE_: {root / DEMO}\nMODEL: {{META_ARCHITECTURE: GeneralizedRCNN}}\n")
+    with pytest.raises(ValueError, match=r"other\.yaml: .* must be FocalRetinaNet, got 'General"):
+        make_trials(load_table("3"), config_file=str(config), data=few, seeds=1)
+
+
+def test_an_error_of_a_key_is_said_without_quotes():
+    assert said(KeyError("Non-existent key: A.B")) == "Non-existent key: A.B"
+    assert said(ValueError("no")) == "no"
 
 
 def test_two_rows_that_are_one_setting_are_refused(trials):

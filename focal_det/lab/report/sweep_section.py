@@ -17,12 +17,10 @@ from focal_det.lab.markdown import (
     define,
     excuse,
     explain,
-    has_papers_times,
     join,
     papers_metrics,
-    shows_times,
 )
-from focal_det.lab.summary import RANKED, name_data
+from focal_det.lab.summary import RANKED, has_papers_times, name_data, shows_times
 
 from .finding import Found
 from .picture_wall import pictures
