@@ -118,7 +118,7 @@ class Inputs:
         self.normalizer = max(1.0, float(foreground))
         self.weights = torch.full((images,), 1 / self.normalizer, device=device)
         # A thousand million normal numbers take a GPU milliseconds, and a host half a minute.
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed + 1)
         self.raw = [
             _random_logits((images, ANCHORS * shape.num_classes, h, w), generator)
             .to(dtype)

@@ -37,7 +37,8 @@ autograd. `detectron2` is the path of Detectron2's RetinaNet, here with gamma 2 
 knows no other loss, so the ratio of the others is to that, too. `torchvision` is its function on \
 the same route, `fvcore` the function alone with logits and targets prepared beforehand. `copy` \
 and `exp` compute no loss: reading the logits and writing as much is the floor, for the forward \
-pass alone, too.
+pass alone, too. On a GPU, other work is queued ahead of each call, as it is in the middle of a \
+training step: the time is the GPU's own.
 """
 
 MODEL_NOTE = """\

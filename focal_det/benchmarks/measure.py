@@ -28,7 +28,8 @@ from .memory import on_cuda, peak_mib
 SCHEMA = 1
 MIN_ROUNDS = 3
 QUEUE_MS = 8.0
-"""Work in a GPU's queue ahead of a call: more than the host takes to launch a loss."""
+"""Work in a GPU's queue ahead of a call: more than the host takes to launch a loss that does not
+wait for the GPU."""
 
 RECORD_FIELDS: dict[str, type | tuple[type, ...]] = {
     "schema": int,
@@ -73,7 +74,6 @@ class Timing:
         rounds: number of timed calls.
         peak_mib: memory that one call takes above what was allocated before it; None where that
             cannot be known.
-        host_ms: median time after which a call for a GPU returns; None on the CPU.
     """
 
     median_ms: float
@@ -81,7 +81,6 @@ class Timing:
     quartile_high_ms: float
     rounds: int
     peak_mib: float | None
-    host_ms: float | None = None
 
     def fields(self) -> dict[str, Any]:
         """As the fields of a row that was measured."""
@@ -116,10 +115,10 @@ def measure(
         with_peak: whether to measure memory. On the CPU it shows nothing with a warm allocator.
         queued: whether a GPU has other work to do while the host launches a call, as it has in the
             middle of a training step. Else the GPU's waiting for the host is part of the time.
-        clock: seconds of the host.
+        clock: seconds, for the CPU.
         progress: called after each call.
     """
-    timed = _cuda_timer(device, queued, clock) if on_cuda(device) else _cpu_timer(clock)
+    timed = _cuda_timer(device, queued) if on_cuda(device) else _cpu_timer(clock)
     gc.collect()  # what went before must not be freed in the middle
     peaks: dict[str, float | None] = dict.fromkeys(variants)
     for name, call in variants.items():
@@ -130,7 +129,7 @@ def measure(
         else:
             call()
         progress()
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    times: dict[str, list[float]] = {name: [] for name in variants}
     gc.collect()
     gc.disable()
     try:
@@ -144,64 +143,53 @@ def measure(
                 progress()
     finally:
         gc.enable()
-    results = {}
-    for name, pairs in times.items():
-        whole, host = zip(*pairs, strict=True)
-        results[name] = summarize(whole, peaks[name], host if on_cuda(device) else None)
-    return results
+    return {name: summarize(times[name], peaks[name]) for name in variants}
 
 
-def summarize(
-    times: Sequence[float], peak: float | None, host_times: Sequence[float] | None = None
-) -> Timing:
+def summarize(times: Sequence[float], peak: float | None) -> Timing:
     """Median and quartiles of wall times in milliseconds.
 
     Args:
         times: at least one.
         peak: extra memory in MiB.
-        host_times: of a GPU's host, in milliseconds.
     """
     low, median, high = times[0], times[0], times[0]
     if len(times) > 1:
         low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-    host = None if host_times is None else statistics.median(host_times)
-    return Timing(median, low, high, len(times), peak, host)
+    return Timing(median, low, high, len(times), peak)
 
 
-_Timer = Callable[[Callable[[], object]], tuple[float, float]]
-"""From a call to its milliseconds, and the host's share of them."""
+_Timer = Callable[[Callable[[], object]], float]
+"""From a call to its milliseconds."""
 
 
 def _cpu_timer(clock: Callable[[], float]) -> _Timer:
-    def timed(call: Callable[[], object]) -> tuple[float, float]:
+    def timed(call: Callable[[], object]) -> float:
         begin = clock()
         call()
-        elapsed = (clock() - begin) * 1e3
-        return elapsed, elapsed
+        return (clock() - begin) * 1e3
 
     return timed
 
 
-def _cuda_timer(device: str, queued: bool, clock: Callable[[], float]) -> _Timer:
+def _cuda_timer(device: str, queued: bool) -> _Timer:
     mib = 2**20
     # Filling it empties the cache of what the last call left there, and keeps the GPU busy while
     # the host queues the call's kernels.
     flush = torch.empty(256 * mib, dtype=torch.int8, device=device)
 
-    def timed(call: Callable[[], object], fills: int) -> tuple[float, float]:
+    def timed(call: Callable[[], object], fills: int) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for _ in range(fills):
             flush.zero_()
         begin.record()
-        start = clock()
         call()
-        host = (clock() - start) * 1e3
         end.record()
         torch.cuda.synchronize(device)
-        return float(begin.elapsed_time(end)), host
+        return float(begin.elapsed_time(end))
 
     timed(flush.zero_, 1)
-    fills = math.ceil(QUEUE_MS / timed(flush.zero_, 1)[0]) if queued else 1
+    fills = math.ceil(QUEUE_MS / timed(flush.zero_, 1)) if queued else 1
     return lambda call: timed(call, fills)
 
 

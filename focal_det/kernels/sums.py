@@ -73,7 +73,7 @@ def sum_levels(
     weights: Tensor | None = None,
     impl: str = "auto",
 ) -> LossSums:
-    """:func:`sum_terms` over several feature levels at once, with as few launches as may be.
+    """:func:`sum_terms` over several feature levels at once.
 
     Args:
         terms: the loss.
@@ -86,8 +86,15 @@ def sum_levels(
 
     Raises:
         RuntimeError: see :func:`sum_terms`.
+        ValueError: another number of levels of labels, or levels of several dtypes.
     """
     first = logits[0]
+    dtypes = {x.dtype for x in logits}
+    if len(logits) != len(labels) or len(dtypes) > 1:
+        raise ValueError(
+            f"logits must be of one dtype, with labels for each level; got {len(logits)} levels "
+            f"of {', '.join(sorted(map(str, dtypes)))}, and labels for {len(labels)}"
+        )
     if weights is None:
         weights = torch.ones(len(first), dtype=accurate(first.dtype), device=first.device)
     weights = weights.detach().to(accurate(first.dtype))

@@ -390,7 +390,7 @@ def _sum_kernel(
     tl.store(partial_ptr + partial_stride, tl.sum(own_value, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "blocks"])
 def _scale_kernel(grad_ptr, factor_ptr, size, blocks, BLOCK: tl.constexpr, TILES: tl.constexpr):
     """Multiply each image's gradient by its factor; a factor of 1 costs nothing but the launch."""
     program = tl.program_id(0).to(tl.int64)

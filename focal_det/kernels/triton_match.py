@@ -36,35 +36,42 @@ def _problem(device: torch.device) -> str | None:
         return f"Triton needs a CUDA device, the anchors are on {device}"
     if int(triton.__version__.split(".")[0]) < 3:  # it has no division that rounds to nearest
         return f"Triton 3.0 or newer is needed, this is {triton.__version__}"
-    one = torch.ones(5, 1, device=device)
+    one = torch.ones(5, 1, dtype=torch.float32, device=device)
     try:
-        match(one, one, [1])
+        match(one, one, [1], find_best=True)
+    except torch.cuda.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a compiler may raise
         return f"Triton cannot build the kernels: {error}"
     return None
 
 
-def match(anchors: Tensor, boxes: Tensor, counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def match(
+    anchors: Tensor, boxes: Tensor, counts: list[int], find_best: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Match the anchors with the boxes of each image.
 
     Args:
         anchors: (5, R), see :func:`focal_det.overlap.sides`.
         boxes: (5, M), image after image; M and R are at least 1.
         counts: N numbers of boxes.
+        find_best: whether the last result is wanted.
 
     Returns:
         Highest IoU of each anchor (N, R) float32; its box (N, R) int64, an index into those of its
         image, the first of equals; and whether no anchor of the image overlaps more with some box
-        than this one does (N, R) bool.
+        than this one does (N, R) bool, or None.
     """
     device, num_anchors = anchors.device, anchors.shape[1]
     # From pinned memory, a copy that nobody waits for.
-    starts = torch.tensor([0, *itertools.accumulate(counts)], pin_memory=device.type == "cuda")
-    starts = starts.to(device, non_blocking=True)
-    best_iou = torch.empty(len(counts), num_anchors, device=device)
-    matches = torch.empty(len(counts), num_anchors, dtype=torch.int64, device=device)
-    is_best = torch.empty(len(counts), num_anchors, dtype=torch.bool, device=device)
-    highest = torch.zeros(boxes.shape[1], device=device)
+    starts = torch.tensor(
+        [0, *itertools.accumulate(counts)], device="cpu", pin_memory=device.type == "cuda"
+    ).to(device, non_blocking=True)
+    best_iou, matches, is_best = (
+        torch.empty(len(counts), num_anchors, dtype=dtype, device=device)
+        for dtype in (torch.float32, torch.int64, torch.bool)
+    )
+    highest = torch.zeros(boxes.shape[1], dtype=torch.float32, device=device)
     grid = (triton.cdiv(num_anchors, BLOCK_ANCHORS), len(counts))
     # A multiplication and an addition in one step would round once where PyTorch rounds twice.
     settings = {"BLOCK": BLOCK_ANCHORS, "enable_fp_fusion": False}
@@ -72,8 +79,9 @@ def match(anchors: Tensor, boxes: Tensor, counts: list[int]) -> tuple[Tensor, Te
     with torch.cuda.device_of(anchors):
         bits = highest.view(torch.int32)
         _best_kernel[grid](anchors, boxes, starts, bits, best_iou, matches, *sizes, **settings)
-        _is_best_kernel[grid](anchors, boxes, starts, highest, is_best, *sizes, **settings)
-    return best_iou, matches, is_best
+        if find_best:
+            _is_best_kernel[grid](anchors, boxes, starts, highest, is_best, *sizes, **settings)
+    return best_iou, matches, is_best if find_best else None
 
 
 @triton.jit
@@ -100,7 +108,7 @@ def _meets(box_ptr, index, num_boxes, left, top, right, bottom):
     return (from_right | from_bottom | to_left | to_top) == 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_anchors", "num_boxes"])
 def _best_kernel(
     anchor_ptr,
     box_ptr,
@@ -143,7 +151,7 @@ def _best_kernel(
     tl.store(match_ptr + offsets, found, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_anchors", "num_boxes"])
 def _is_best_kernel(
     anchor_ptr,
     box_ptr,

@@ -22,6 +22,10 @@ FACTS = (
     "peak_memory_mib",
     "inference_ms",
 )
+NUMBERS = (
+    *("images_per_second", "parameters", "gflops", "background_per_foreground"),
+    "peak_memory_mib",
+)
 PARTS: dict[str, type | tuple[type, ...]] = {
     "key": str,
     "table": str,
@@ -43,7 +47,7 @@ SINCE: dict[str, Any] = {
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A record of :func:`focal_det.lab.running.run_trial`.
+    """A record of :func:`focal_det.lab.running.run_trial`; what is not finite in it is None.
 
     Args:
         path: of the file.
@@ -56,33 +60,46 @@ def read_record(path: Path) -> dict[str, Any]:
     for name, kind in PARTS.items():
         if not isinstance(record.get(name), kind) or isinstance(record[name], bool):
             raise ValueError(f"{path}: {name} is missing or of another kind")
-    problem = _find_problem(record)
-    if problem:
-        raise ValueError(f"{path}: {problem}")
-    environment = {"commit": None, "device": "unknown", **record["environment"]}
-    metrics = {**dict.fromkeys(records.METRICS), **record["metrics"]}
-    return {**SINCE, **record, "metrics": metrics, "environment": environment}
-
-
-def _find_problem(record: Mapping[str, Any]) -> str | None:
-    """What in a record would stumble its readers, or None."""
-    for name, value in record["metrics"].items():
-        if value is not None and not _is_number(value):
-            return f"metrics: {name} must be a number or null, got {value!r}"
     for part in record["data"]:
         if not isinstance(part, list) or not all(isinstance(name, str) for name in part):
-            return f"data must be lists of names, got {part!r}"
-    times = record.get("inference_ms")
-    if times is not None and not (
-        isinstance(times, Mapping) and all(map(_is_number, times.values()))
-    ):
-        return f"inference_ms must have numbers by name, got {times!r}"
-    return None
+            raise ValueError(f"{path}: data must be lists of names, got {part!r}")
+    made = {**SINCE, **record}
+    for name in ("annotations", "not_measured"):
+        if not isinstance(made[name], Mapping):
+            raise ValueError(f"{path}: {name} must map names to texts, got {made[name]!r}")
+    try:
+        made |= {name: _number(name, made[name]) for name in NUMBERS}
+        made["metrics"] = dict.fromkeys(records.METRICS) | _numbers("metrics", record["metrics"])
+        if made["inference_ms"] is not None:
+            made["inference_ms"] = _numbers("inference_ms", made["inference_ms"])
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from error
+    made["environment"] = {"commit": None, "device": "unknown", **record["environment"]}
+    return made
 
 
-def _is_number(value: Any) -> bool:
-    known = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return known and math.isfinite(value)
+def _numbers(name: str, values: Any) -> dict[str, float | None]:
+    """A mapping of :func:`_number`.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{name} must have numbers by name, got {values!r}")
+    return {key: _number(f"{name}: {key}", value) for key, value in values.items()}
+
+
+def _number(name: str, value: Any) -> float | None:
+    """A number as it is; None where it is not finite.
+
+    Raises:
+        TypeError: it is of another kind.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or null, got {value!r}")
+    return value if math.isfinite(value) else None
 
 
 def load_setting(record: Mapping[str, Any]) -> CfgNode:
@@ -93,7 +110,7 @@ def load_setting(record: Mapping[str, Any]) -> CfgNode:
     """
     try:
         return CfgNode.load_cfg(record["config"])
-    except (AttributeError, TypeError, ValueError, YAMLError) as error:
+    except (AssertionError, AttributeError, TypeError, ValueError, YAMLError) as error:
         told = " ".join(str(error).split())
         raise ValueError(f"record {record['key']}: its config cannot be read: {told}") from error
 
@@ -113,7 +130,13 @@ def load_records(output: Path, keys: Iterable[str]) -> dict[str, dict[str, Any]]
         keys: of trials.
 
     Raises:
-        OSError, ValueError: see :func:`read_record`.
+        OSError, ValueError: see :func:`read_record`; or a file has another trial's name.
     """
-    paths = {key: output / "records" / f"{key}.json" for key in keys}
-    return {key: read_record(path) for key, path in paths.items() if path.is_file()}
+    found = {}
+    for key in keys:
+        path = output / "records" / f"{key}.json"
+        if path.is_file():
+            found[key] = read_record(path)
+            if found[key]["key"] != key:
+                raise ValueError(f"{path}: it is the record of {found[key]['key']}")
+    return found

@@ -17,6 +17,10 @@ from focal_det.data import dataset_classes
 from .rivals import META_ARCHITECTURES
 from .tables import Row, Table, check_override
 
+ARCHITECTURE = "MODEL.META_ARCHITECTURE"
+ALIKE = tuple(META_ARCHITECTURES[name] for name in ("focal_det", "retinanet"))
+"""Whose configs mean the same for a FocalRetinaNet."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -182,26 +186,27 @@ def base_config(
     Raises:
         AssertionError, KeyError: an option that is no config key (Detectron2's messages).
         OSError: the config file cannot be read.
-        ValueError: another meta-architecture than FocalRetinaNet, or an option that a sweep sets
+        ValueError: a meta-architecture that is not :data:`ALIKE`, or an option that a sweep sets
             itself.
     """
     base = get_cfg()
     add_config(base)
     base.merge_from_file(config_file)
-    ours, found = META_ARCHITECTURES["focal_det"], base.MODEL.META_ARCHITECTURE
-    if found != ours:
-        raise ValueError(
-            f"{config_file}: MODEL.META_ARCHITECTURE must be {ours}, got {found!r}: a row's "
-            "`detector` says which other one it is"
-        )
     for key in options[::2]:
-        check_override(key)
+        if key != ARCHITECTURE:  # that of all rows without a `detector`; looked at below
+            check_override(key)
     train, test = dataset_names(data)
     base.DATASETS.TRAIN, base.DATASETS.TEST = (train,), (test,)
     base.MODEL.RETINANET.NUM_CLASSES = num_classes
     base.MODEL.ROI_HEADS.NUM_CLASSES = num_classes
     base.MODEL.DEVICE = device
     base.merge_from_list(list(options))
+    if base.MODEL.META_ARCHITECTURE not in ALIKE:
+        raise ValueError(
+            f"{config_file}: {ARCHITECTURE} is {base.MODEL.META_ARCHITECTURE!r}, but what a sweep "
+            f"trains is FocalRetinaNet, or what a row's `detector` says: to go on from this "
+            f"config, add {ARCHITECTURE} FocalRetinaNet"
+        )
     if os.path.isfile(base.MODEL.WEIGHTS):  # for trials that run elsewhere
         base.MODEL.WEIGHTS = os.path.abspath(base.MODEL.WEIGHTS)
     if budget is not None and base.SOLVER.MAX_ITER > 0:  # else there is nothing to scale

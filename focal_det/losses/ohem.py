@@ -59,6 +59,11 @@ class OHEMLoss(ClassificationLoss):
         self.neg_pos_ratio = float(neg_pos_ratio)
         self.cross_entropy = CrossEntropyLoss()
 
+    @property
+    def impl(self) -> str:
+        """That of the cross entropy."""
+        return self.cross_entropy.impl
+
     def use(self, impl: str) -> Self:
         """See :meth:`ClassificationLoss.use`; it is the cross entropy that has implementations."""
         self.cross_entropy.use(impl)

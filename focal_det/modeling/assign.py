@@ -82,7 +82,7 @@ def label_batch(
         # An image without boxes takes any: none of its anchors is foreground.
         row += start if count else 0
         start += count
-    labels = torch.cat(list(gt_classes))[matches]
+    labels = torch.cat([classes.long() for classes in gt_classes])[matches]
     labels.masked_fill_(match_labels == 0, num_classes)
     labels.masked_fill_(match_labels == -1, -1)
     for row, count in zip(labels, counts, strict=True):
@@ -91,6 +91,7 @@ def label_batch(
     return labels, torch.cat([boxes.float() for boxes in gt_boxes])[matches]
 
 
+@torch.compiler.disable
 @torch.no_grad()
 def match_batch(
     anchors: Tensor, gt_boxes: Sequence[Tensor], matcher: Matcher, impl: str = "auto"
@@ -117,8 +118,9 @@ def match_batch(
         matched = [match_anchors(anchors, boxes, matcher) for boxes in gt_boxes]
         matches, match_labels = zip(*matched, strict=True)
         return torch.stack(matches), torch.stack(match_labels)
+    boxes = sides(torch.cat([boxes.float() for boxes in gt_boxes]))
     best_iou, indices, is_best = triton.match(
-        sides(anchors), sides(torch.cat([boxes.float() for boxes in gt_boxes])), counts
+        sides(anchors), boxes, counts, matcher.allow_low_quality_matches
     )
     return indices, _match_labels(best_iou, is_best, matcher)
 
@@ -130,6 +132,9 @@ def _triton_for(device: torch.device, impl: str) -> Any:
         RuntimeError: Triton is asked for and cannot be had.
     """
     if impl not in ("auto", "triton") or (impl == "auto" and device.type != "cuda"):
+        return None
+    # The kernels are told the numbers of boxes by the host, and a replay would not be.
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return None
     try:
         module = import_triton("triton_match")
@@ -188,14 +193,14 @@ def _match_labels(best_iou: Tensor, is_best: Tensor | None, matcher: Matcher) ->
 
     Args:
         best_iou: float32.
-        is_best: the low-quality matches, bool; read where the matcher allows them.
+        is_best: the low-quality matches, bool; None where the matcher has none.
         matcher: states thresholds and labels.
     """
     # The matcher's thresholds ascend from -inf: every overlap reaches one of its levels.
     labels = torch.full_like(best_iou, matcher.labels[0], dtype=torch.int8)
     for label, low in zip(matcher.labels[1:], matcher.thresholds[1:-1], strict=True):
         labels.masked_fill_(best_iou >= low, label)
-    if is_best is not None and matcher.allow_low_quality_matches:
+    if is_best is not None:
         labels.masked_fill_(is_best, 1)
     return labels
 

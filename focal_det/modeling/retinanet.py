@@ -54,7 +54,8 @@ class FocalRetinaNet(RetinaNet):
         normalizer: what both losses are divided by; see
             :class:`focal_det.modeling.LossNormalizer`.
         impl: how `cls_loss` is computed, one of
-            :data:`focal_det.kernels.IMPLEMENTATIONS`; None for what it is set to.
+            :data:`focal_det.kernels.IMPLEMENTATIONS`; None for what it is set to. Anchors are
+            matched likewise, under a loss that has no such setting as by ``auto``.
         retinanet: the arguments of Detectron2's RetinaNet (``backbone``, ``head``,
             ``anchor_generator``, ``box2box_transform``, ``anchor_matcher``, ``num_classes``,
             ``pixel_mean``, ...). Its ``focal_loss_alpha`` and ``focal_loss_gamma`` are kept as

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import focal_det
-from focal_det.kernels import IMPLEMENTATIONS, LossSums, Terms, blocks, sum_terms, sums
+from focal_det.kernels import IMPLEMENTATIONS, LossSums, Terms, blocks, sum_levels, sum_terms, sums
 from focal_det.kernels import sum_terms_per_anchor as per_anchor_sums
 from focal_det.losses import (
     LOSS_REGISTRY,
@@ -427,6 +427,25 @@ def test_use_returns_the_loss(impl: str) -> None:
     loss = FocalLoss()
     assert loss.use(impl) is loss
     assert loss.impl == impl
+
+
+def test_levels_must_fit_each_other() -> None:
+    logits, labels = images(2, 5, 3)
+    with pytest.raises(ValueError, match=r"got 2 levels of torch\.float32, and labels for 1"):
+        sum_levels(focal_terms(), [logits, logits], [labels])
+    with pytest.raises(ValueError, match=r"one dtype.* torch\.bfloat16, torch\.float32"):
+        sum_levels(focal_terms(), [logits, logits.bfloat16()], [labels, labels])
+
+
+@pytest.mark.parametrize("impl", ["torch", "eager"])
+def test_a_level_without_a_gradient_counts_all_the_same(impl: str) -> None:
+    logits, labels = images(2, 5, 3)
+    fixed, leaf = logits + 1, logits.clone().requires_grad_()
+    total = sum_levels(focal_terms(), [fixed, leaf], [labels, labels], impl=impl).total
+    parts = [sum_terms(focal_terms(), x, labels, impl=impl).total for x in (fixed, leaf)]
+    torch.testing.assert_close(total, parts[0] + parts[1])
+    grads = [torch.autograd.grad(x.sum(), leaf)[0] for x in (total, parts[1])]
+    torch.testing.assert_close(*grads)
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ from loss_cases import Case, affine, assert_close, reference_terms, scene
 triton = pytest.importorskip("triton")
 translate = importlib.import_module("focal_det.kernels.translate")
 kernels = importlib.import_module("focal_det.kernels.triton_kernels")
+matching = importlib.import_module("focal_det.kernels.triton_match")
 
 # The interpreter's NumPy speaks of what a GPU does silently.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -208,6 +209,13 @@ def test_any_layout(layout: str, part_of_all_levels: bool) -> None:
         rows = torch.cat([rows[:, :2], rows, rows], dim=1)[:, 2 : 2 + rows.shape[1]]
         labels = rows.view(labels.shape)
     check(CASES[2], logits, labels)
+
+
+@pytest.mark.parametrize("layout", ["head", "channels last", "every other class"])
+def test_offsets_that_need_64_bits(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_span", lambda logits: 2**31)
+    logits = LAYOUTS[layout]()
+    check(CASES[2], logits, inputs(*logits.shape)[1], WEIGHTS)
 
 
 @pytest.mark.parametrize("order", [(0, 2, 1), (2, 1, 0)])
@@ -641,6 +649,7 @@ def compile_for_a_gpu(
     constants: dict[str, Any],
     aligned: set[str],
     last_stage: str,
+    **settings: Any,
 ) -> str:
     """What Triton's compiler makes of a kernel for an A100.
 
@@ -648,6 +657,7 @@ def compile_for_a_gpu(
         types: of the arguments that are not in `constants`.
         aligned: arguments that are multiples of 16.
         last_stage: ``ttir``, ``ttgir`` or, which needs NVIDIA's assembler to be there, ``ptx``.
+        settings: of the compiler.
     """
     from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
@@ -662,7 +672,7 @@ def compile_for_a_gpu(
     )
     target = GPUTarget("cuda", 80, 32)
     backend = make_backend(target)
-    options = backend.parse_options({})
+    options = backend.parse_options(settings)
     stages: dict[str, Callable[[Any, dict[str, Any]], Any]] = {}
     backend.add_stages(stages, options, source.language)
     context = ir.context()
@@ -736,6 +746,20 @@ def compile_kernels() -> dict[str, str]:
     return results
 
 
+def compile_matching() -> dict[str, str]:
+    """The kernels that match anchors, as :func:`compile_kernels` has its own."""
+    results = {}
+    for kernel in (matching._best_kernel, matching._is_best_kernel):
+        types = dict.fromkeys(kernel.arg_names, "*fp32")
+        types |= {"start_ptr": "*i64", "match_ptr": "*i64", "highest_bits_ptr": "*i32"}
+        types |= {"is_best_ptr": "*i1", "num_anchors": "i32", "num_boxes": "i32"}
+        constants = {"BLOCK": matching.BLOCK_ANCHORS}
+        results[kernel.__name__] = compile_for_a_gpu(
+            kernel, types, constants, set(), LAST_STAGE, enable_fp_fusion=False
+        )
+    return results
+
+
 def compile_formulas() -> dict[str, str]:
     """Each formula in Triton's own representation, or why it has none."""
 
@@ -759,7 +783,8 @@ def compile_formulas() -> dict[str, str]:
 
 
 def print_compiled() -> None:
-    print(json.dumps({"kernels": compile_kernels(), "formulas": compile_formulas()}))
+    compiled = {"kernels": compile_kernels(), "formulas": compile_formulas()}
+    print(json.dumps({**compiled, "matching": compile_matching()}))
 
 
 @pytest.fixture(scope="module")
@@ -791,6 +816,16 @@ def test_the_kernels_compile_for_a_gpu_and_move_four_numbers_at_once(
         else:
             assert "tt.load" in code, name
             assert "sizePerThread = [1, 4]" in code or "sizePerThread = [4" in code, name
+
+
+def test_the_matching_compiles_for_a_gpu_without_fused_operations(
+    compiled: dict[str, dict[str, str]],
+) -> None:
+    """A multiplication and an addition in one would round once where Detectron2 rounds twice."""
+    assert len(compiled["matching"]) == 2
+    for name, code in compiled["matching"].items():
+        assert (".visible .entry" if LAST_STAGE == "ptx" else "tt.load") in code, name
+        assert "fma" not in code, name
 
 
 def test_all_translations_compile_for_a_gpu(compiled: dict[str, dict[str, str]]) -> None:

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes, Instances, pairwise_iou
@@ -18,8 +20,9 @@ from torch import Tensor
 from focal_det.kernels import sums
 from focal_det.modeling import assign
 from focal_det.modeling.assign import label_batch, match_anchors, match_batch
+from focal_det.overlap import sides
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton", minversion="3.0")
 kernels = importlib.import_module("focal_det.kernels.triton_match")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,6 +76,21 @@ def test_matches_of_a_batch_are_detectron2s(name: str) -> None:
         check(make(130, 7), gt_boxes, MATCHERS[name])
 
 
+def test_what_is_not_asked_for_is_not_computed() -> None:
+    anchors, boxes = sides(real_boxes(9, 0)), sides(real_boxes(2, 1))
+    with_best, without = (kernels.match(anchors, boxes, [2], find) for find in (True, False))
+    assert without[2] is None
+    assert all(torch.equal(a, b) for a, b in zip(with_best[:2], without[:2], strict=True))
+
+
+def test_the_default_dtype_is_of_no_matter() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        check(real_boxes(40, 1).float(), [real_boxes(3, 0).float()], MATCHERS["retinanet"])
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_boxes_far_from_all_anchors_make_every_anchor_their_best() -> None:
     """Which Detectron2 does for a box that no anchor overlaps."""
     far = torch.tensor([[900.0, 900.0, 910.0, 910.0]], device=DEVICE)
@@ -113,15 +131,31 @@ def test_labels_of_a_batch_are_those_of_its_images(impl: str, counts: list[int])
     assert is_foreground.any() == (sum(counts) > 0)
 
 
-@pytest.mark.parametrize(("impl", "used"), [("triton", True), ("torch", False), ("eager", False)])
-def test_the_implementation_is_that_of_the_loss(
-    impl: str, used: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("impl", ["triton", "torch", "eager"])
+@pytest.mark.parametrize("loss", ["FocalLoss", "OHEMLoss"])
+def test_anchors_are_matched_as_the_loss_is_computed(
+    impl: str, loss: str, small_cfg: CfgNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    small_cfg.MODEL.FOCAL_DET.IMPL, small_cfg.MODEL.FOCAL_DET.LOSS.NAME = impl, loss
+    model = build_model(small_cfg)
+    kernels.prepare(torch.device(DEVICE))  # so that what is counted is not its trial
     calls = []
     match = kernels.match
     monkeypatch.setattr(kernels, "match", lambda *args: calls.append(1) or match(*args))
-    match_batch(real_boxes(9, 0), [real_boxes(2, 1)], MATCHERS["retinanet"], impl)
-    assert bool(calls) == used
+    instances = Instances((64, 64), gt_boxes=Boxes(real_boxes(2, 1)))
+    instances.gt_classes = torch.tensor([0, 4], device=DEVICE)
+    labels, boxes = model.label_anchors([Boxes(real_boxes(40, 0))], [instances] * 2)
+    assert len(calls) == (impl == "triton")
+    assert [len(x) for x in labels] == [len(x) for x in boxes] == [40, 40]
+
+
+def test_a_graph_is_captured_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are told by the host how many boxes there are, which a replay would not be."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(kernels, "_problem", lambda device: None)
+    for captures in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda x=captures: x)
+        assert (assign._triton_for(gpu, "auto") is None) == captures
 
 
 def test_what_cannot_be_built_is_left_to_torch_and_told_once(
@@ -143,7 +177,7 @@ def test_what_cannot_be_built_is_left_to_torch_and_told_once(
 def test_an_operation_that_fails_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def fail(*args: object) -> None:
+    def fail(*args: object, **settings: object) -> None:
         calls.append(1)
         raise OSError("no C compiler")
 

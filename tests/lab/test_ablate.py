@@ -2,13 +2,14 @@
 
 import importlib
 import json
+import math
 import subprocess
 import sys
 
 import pytest
 from written_records import make_trial
 
-from focal_det.lab.trial_records import load_setting, read_record, save_record
+from focal_det.lab.trial_records import load_records, load_setting, read_record, save_record
 
 TABLE = """
 title: Two rates
@@ -154,7 +155,9 @@ def test_records_of_other_annotations_are_in_no_table(tool, few, tmp_path, capsy
         ({"metrics": [1.0]}, "metrics is missing or of another kind"),
         ({"seed": True}, "seed is missing or of another kind"),
         ({"metrics": {"AP": "12"}}, "metrics: AP must be a number or null, got '12'"),
-        ({"metrics": {"AP": float("nan")}}, "metrics: AP must be a number or null, got nan"),
+        ({"gflops": "many"}, "gflops must be a number or null, got 'many'"),
+        ({"not_measured": None}, "not_measured must map names to texts, got None"),
+        ({"annotations": []}, r"annotations must map names to texts, got \[\]"),
         ({"data": ["few_train"]}, "data must be lists of names, got 'few_train'"),
         ({"data": [[1], ["few_val"]]}, r"data must be lists of names, got \[1\]"),
         ({"inference_ms": 12.0}, "inference_ms must have numbers by name, got 12.0"),
@@ -174,6 +177,21 @@ def test_a_record_whose_config_cannot_be_read_is_named():
         load_setting({"key": "0123", "config": "MODEL: [1, 2"})
     with pytest.raises(ValueError, match="record 0123: its config cannot be read: "):
         load_setting({"key": "0123", "config": "[1, 2]"})
+
+
+def test_numbers_that_are_not_finite_are_missing(tmp_path):
+    made = {**make_trial(), "metrics": {"AP": math.nan}, "gflops": math.inf}
+    (tmp_path / "one.json").write_text(json.dumps(made))
+    record = read_record(tmp_path / "one.json")
+    assert (record["metrics"]["AP"], record["gflops"]) == (None, None)
+
+
+def test_a_record_under_the_name_of_another_is_refused(tmp_path):
+    save_record({**make_trial(), "key": "0123"}, tmp_path)
+    assert list(load_records(tmp_path, ["0123", "4567"])) == ["0123"]
+    (tmp_path / "records" / "0123.json").rename(tmp_path / "records" / "4567.json")
+    with pytest.raises(ValueError, match=r"4567\.json: it is the record of 0123"):
+        load_records(tmp_path, ["4567"])
 
 
 def test_an_older_record_lacks_nothing(tmp_path):

@@ -139,7 +139,6 @@ def test_data_without_a_name_are_refused(root):
     [
         ("SEED", 3, "--seeds"),
         ("OUTPUT_DIR", "x", "--output"),
-        ("MODEL.META_ARCHITECTURE", "RetinaNet", "detector"),
     ],
 )
 def test_an_option_that_would_be_overridden_is_refused(trials, key, value, says):
@@ -147,12 +146,25 @@ def test_an_option_that_would_be_overridden_is_refused(trials, key, value, says)
         trials(options=(key, value))
 
 
-def test_a_config_of_another_model_is_refused(root, few, tmp_path):
+@pytest.mark.parametrize(
+    ("found", "options", "taken"),
+    [
+        ("GeneralizedRCNN", (), False),
+        ("GeneralizedRCNN", ("MODEL.META_ARCHITECTURE", "FocalRetinaNet"), True),
+        ("RetinaNet", (), True),
+    ],
+)
+def test_a_config_of_another_model_is_refused(root, few, tmp_path, found, options, taken):
     """It would be trained as a FocalRetinaNet, and its name would say another."""
     config = tmp_path / "other.yaml"
-    config.write_text(f"_BASE_: {root / DEMO}\nMODEL: {{META_ARCHITECTURE: GeneralizedRCNN}}\n")
-    with pytest.raises(ValueError, match=r"other\.yaml: .* must be FocalRetinaNet, got 'General"):
-        make_trials(load_table("3"), config_file=str(config), data=few, seeds=1)
+    config.write_text(f"_BASE_: {root / DEMO}\nMODEL: {{META_ARCHITECTURE: {found}}}\n")
+    given = {"config_file": str(config), "data": few, "seeds": 1, "options": options}
+    if taken:
+        (*_, trial) = make_trials(load_table("3"), **given)
+        assert trial.load_config("").MODEL.META_ARCHITECTURE == "FocalRetinaNet"
+        return
+    with pytest.raises(ValueError, match=r"other\.yaml: .* is 'General.* add MODEL\.META_ARCH"):
+        make_trials(load_table("3"), **given)
 
 
 def test_an_error_of_a_key_is_said_without_quotes():

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from focal_det.modeling import assign
-from focal_det.modeling.assign import label_anchors, match_anchors
+from focal_det.modeling.assign import label_anchors, label_batch, match_anchors
 
 MATCHERS = {
     "retinanet": Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True),
@@ -229,6 +229,25 @@ def test_labels_are_those_of_retinanet(name, num_boxes):
         assert got[0].eq(5).all()
 
 
+def test_labels_are_whole_numbers_beside_an_image_without_boxes():
+    """Whose classes some mappers make an empty tensor of the default dtype."""
+    gt_boxes = [real_boxes(3, 96, 0), torch.zeros(0, 4)]
+    gt_classes = [torch.tensor([0, 1, 2]), torch.tensor([])]
+    labels, _ = label_batch(grid_anchors(), gt_boxes, gt_classes, 5, MATCHERS["retinanet"])
+    assert labels.dtype == torch.int64
+    assert set(labels[0].tolist()) > {0, 1, 2}
+    assert labels[1].eq(5).all()
+
+
+def test_a_compiled_step_leaves_the_matching_alone():
+    matcher, anchors, gt_boxes = MATCHERS["retinanet"], grid_anchors(), [real_boxes(3, 96, 0)]
+    gt_classes = [torch.tensor([0, 1, 2])]
+    arguments = (anchors, gt_boxes, gt_classes, 5, matcher)
+    compiled = torch.compile(label_batch, backend="eager")
+    for one, other in zip(compiled(*arguments), label_batch(*arguments), strict=True):
+        assert torch.equal(one, other)
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers the most bytes that a result of an operation takes up."""
 
@@ -268,8 +287,10 @@ def test_a_gpu_is_never_waited_for():
             pytest.skip(f"this torch has no fake CUDA tensors: {error}")
         gt_boxes = torch.empty(50, 4, device="cuda")
         gt_classes = torch.empty(50, dtype=torch.int64, device="cuda")
-        labels, boxes = label_anchors(anchors, gt_boxes, gt_classes, 5, MATCHERS["retinanet"])
-        assert (labels.shape, boxes.shape) == ((1000,), (1000, 4))
+        labels, boxes = label_batch(
+            anchors, [gt_boxes] * 2, [gt_classes] * 2, 5, MATCHERS["retinanet"], impl="torch"
+        )
+        assert (labels.shape, boxes.shape) == ((2, 1000), (2, 1000, 4))
         assert labels.device.type == boxes.device.type == "cuda"
         with pytest.raises(DataDependentOutputException):
             MATCHERS["retinanet"](pairwise_iou(Boxes(gt_boxes), Boxes(anchors)))

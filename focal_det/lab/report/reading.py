@@ -14,9 +14,6 @@ from focal_det.lab.summary import MEASURES, find_winner, leaves, rank_correlatio
 from focal_det.lab.trial_records import read_record
 from focal_det.safe_loading import load_yaml
 
-MEASURED = (
-    "images_per_second", "parameters", "gflops", "peak_memory_mib", "background_per_foreground",
-)  # fmt: skip
 SUMMARY_PARTS = frozenset(
     {
         "table", "title", "source", "rows", "kendall_tau", "winner", "verdict", "commits",
@@ -47,12 +44,10 @@ def read_trial(path: Path) -> dict[str, Any]:
         OSError, ValueError: the file cannot be read, or is no such record; a part is named.
     """
     record = read_record(path)
-    clock, machine = record.get("inference_ms") or {}, record["environment"]
+    clock, machine = record["inference_ms"] or {}, record["environment"]
     return {
         **record,
-        **{name: records.finite(record.get(name)) for name in MEASURED},
-        "inference_ms": {name: records.finite(clock.get(name)) for name in ("median", "p95")},
-        "metrics": {name: records.finite(record["metrics"].get(name)) for name in records.METRICS},
+        "inference_ms": {name: clock.get(name) for name in ("median", "p95")},
         "curves": _curves(record["curves"]),
         "environment": {**machine, "device": str(machine["device"])},
         "settings": {
