@@ -57,10 +57,10 @@ class TrainingDiagnostics:
             loss_per_anchor: (N, R), or None where the loss cannot tell; called when it is due.
             is_background: (N, R) bool.
         """
-        counts = torch.stack([level.sum() for level in is_foreground.values()])
-        by_level = (counts.float() / len(is_background)).unbind()
-        names = (f"positives/{name}" for name in is_foreground)
-        scalars = {**scalars, **dict(zip(names, by_level, strict=True))}
+        by_level = {
+            f"positives/{name}": level.sum() / len(level) for name, level in is_foreground.items()
+        }
+        scalars = {**scalars, **by_level}
         if storage.iter % PERIOD == 0:
             losses = loss_per_anchor()
             if losses is not None:

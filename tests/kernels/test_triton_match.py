@@ -165,6 +165,7 @@ def test_what_cannot_be_built_is_left_to_torch_and_told_once(
     monkeypatch.setattr(sums, "_warned", set())
     monkeypatch.setattr(sums.logger, "warning", messages.append)
     monkeypatch.setattr(kernels, "_problem", lambda device: "no C compiler")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with pytest.raises(RuntimeError, match="no C compiler"):
         match_batch(real_boxes(9, 0), [real_boxes(2, 1)], MATCHERS["retinanet"], "triton")
     for _ in range(2):
