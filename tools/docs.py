@@ -144,8 +144,7 @@ def lab_tables() -> dict[str, Callable[[], str]]:
 def figure_data() -> dict[str, Any]:
     """What figures are drawn from, by the name of the figure."""
     pairs = [pair for tables in sweeps().values() for pair in tables.items()]
-    in_full = [name for name, sweep in kept_sweeps().items() if not sweep.rows]
-    fights = [made for name in in_full for t, made in sweeps()[name].items() if t == "detectors"]
+    fights = [made for name, made in pairs if name == "detectors"]
     whole = [made for made in fights if all(row["seeds"] for row in made["rows"])]
     data = {"2": read(PAPER_SPEED) | figures.speed_panels(whole)}
     for name, made in pairs:

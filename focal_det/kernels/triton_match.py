@@ -85,6 +85,21 @@ def match(
 
 
 @triton.jit
+def _load_anchors(anchor_ptr, num_anchors, BLOCK: tl.constexpr):
+    """The program's anchors: indices, which of them there are, and their sides and areas."""
+    anchor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = anchor < num_anchors
+    # Lanes without an anchor hold the last one: it changes no maximum.
+    anchor = tl.minimum(anchor, num_anchors - 1)
+    x1 = tl.load(anchor_ptr + anchor)
+    y1 = tl.load(anchor_ptr + num_anchors + anchor)
+    x2 = tl.load(anchor_ptr + 2 * num_anchors + anchor)
+    y2 = tl.load(anchor_ptr + 3 * num_anchors + anchor)
+    area = tl.load(anchor_ptr + 4 * num_anchors + anchor)
+    return anchor, inside, x1, y1, x2, y2, area
+
+
+@triton.jit
 def _overlap(box_ptr, index, num_boxes, x1, y1, x2, y2, area):
     """IoU of one box with a block of anchors."""
     box_x1 = tl.load(box_ptr + index)
@@ -121,16 +136,8 @@ def _best_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program: BLOCK anchors of one image, all its boxes."""
-    anchor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     image = tl.program_id(1)
-    inside = anchor < num_anchors
-    # Lanes without an anchor hold the last one: it changes no maximum.
-    anchor = tl.minimum(anchor, num_anchors - 1)
-    x1 = tl.load(anchor_ptr + anchor)
-    y1 = tl.load(anchor_ptr + num_anchors + anchor)
-    x2 = tl.load(anchor_ptr + 2 * num_anchors + anchor)
-    y2 = tl.load(anchor_ptr + 3 * num_anchors + anchor)
-    area = tl.load(anchor_ptr + 4 * num_anchors + anchor)
+    anchor, inside, x1, y1, x2, y2, area = _load_anchors(anchor_ptr, num_anchors, BLOCK)
     left, top = tl.min(x1, axis=0), tl.min(y1, axis=0)
     right, bottom = tl.max(x2, axis=0), tl.max(y2, axis=0)
 
@@ -163,15 +170,8 @@ def _is_best_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program: BLOCK anchors of one image, all its boxes, whose highest IoU is known."""
-    anchor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     image = tl.program_id(1)
-    inside = anchor < num_anchors
-    anchor = tl.minimum(anchor, num_anchors - 1)
-    x1 = tl.load(anchor_ptr + anchor)
-    y1 = tl.load(anchor_ptr + num_anchors + anchor)
-    x2 = tl.load(anchor_ptr + 2 * num_anchors + anchor)
-    y2 = tl.load(anchor_ptr + 3 * num_anchors + anchor)
-    area = tl.load(anchor_ptr + 4 * num_anchors + anchor)
+    anchor, inside, x1, y1, x2, y2, area = _load_anchors(anchor_ptr, num_anchors, BLOCK)
     left, top = tl.min(x1, axis=0), tl.min(y1, axis=0)
     right, bottom = tl.max(x2, axis=0), tl.max(y2, axis=0)
 
