@@ -28,9 +28,10 @@ from typing import Any
 with warnings.catch_warnings():
     # fvcore, which Detectron2 imports, scripts its focal loss; PyTorch warns that this will go.
     warnings.filterwarnings("ignore", ".*torch.jit.script.*")
-    import focal_det  # noqa: F401  (registers the data sets)
+    import focal_det
 
 import torch
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 
 from focal_det.analysis import records
@@ -190,7 +191,7 @@ def parse(argv: Sequence[str] | None = None, command: Command | None = None) -> 
     args.output = args.output or f"{folder}/{args.data}"
     try:
         check(args)
-    except (AssertionError, KeyError, OSError, ValueError) as error:
+    except (AssertionError, ImportError, KeyError, OSError, ValueError) as error:
         parser.error(said(error))
     return args
 
@@ -201,7 +202,9 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         AssertionError, KeyError, OSError, ValueError: see
             :func:`focal_det.lab.trials.make_trials`.
+        ImportError: focal_det could not be set up, as where FOCAL_DET_DATASETS is wrong.
     """
+    focal_det.add_config(get_cfg())  # says why, where no data set of the user's is known
     for flag, least in (("seeds", 1), ("budget", 1), ("cpus", 1), ("gpus", 0)):
         value = getattr(args, flag)
         if value is not None and value < least:

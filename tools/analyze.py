@@ -42,7 +42,7 @@ from focal_det.lab import imbalance
 from focal_det.lab.loss_cdf import LossCDF
 from focal_det.lab.measuring import count_anchors, fingerprint, fingerprints
 from focal_det.lab.results import setting
-from focal_det.lab.trials import check_weights
+from focal_det.lab.trials import check_weights, said
 from focal_det.progress import bar_options
 from focal_det.safe_loading import UnsafeFileError
 
@@ -211,8 +211,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     try:
         args.cfg = args.load(args)
-    except (AssertionError, KeyError, OSError, ValueError) as error:
-        commands.choices[args.command].error(str(error))
+    except (AssertionError, ImportError, KeyError, OSError, ValueError) as error:
+        commands.choices[args.command].error(said(error))
     return args
 
 
@@ -221,9 +221,12 @@ def load_for_data(args: argparse.Namespace) -> CfgNode:
 
     Raises:
         AssertionError, KeyError: an override that is not a config key (Detectron2's messages).
+        ImportError: focal_det could not be set up, as where FOCAL_DET_DATASETS is wrong.
         OSError: the file cannot be read.
         ValueError: the data set is not registered, or the config has no anchors to lay.
     """
+    cfg = get_cfg()
+    focal_det.add_config(cfg)  # before the name is looked for: it says why none is known
     names = (f"{args.data}_train", args.data)
     there = [name for name in names if name in DatasetCatalog]
     if not there:
@@ -231,8 +234,6 @@ def load_for_data(args: argparse.Namespace) -> CfgNode:
             f"--data {args.data}: neither {' nor '.join(map(repr, names))} is registered; "
             "name it in FOCAL_DET_DATASETS"
         )
-    cfg = get_cfg()
-    focal_det.add_config(cfg)
     cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
     cfg.DATASETS.TRAIN = (there[0],)
@@ -246,6 +247,7 @@ def load_trained(args: argparse.Namespace) -> CfgNode:
 
     Raises:
         AssertionError, KeyError: an override that is not a config key (Detectron2's messages).
+        ImportError: focal_det could not be set up, as where FOCAL_DET_DATASETS is wrong.
         OSError: the file cannot be read.
         ValueError: another meta-architecture, no weights, no such data set, or no image to
             look at.

@@ -61,6 +61,17 @@ def settings_of_fl_star(summary: dict[str, Any]) -> list[dict[str, float]]:
     ]
 
 
+def _only(contents: Sequence[Any]) -> Any:
+    """The content of a file that is drawn alone.
+
+    Raises:
+        ValueError: there are others.
+    """
+    if len(contents) > 1:
+        raise ValueError("of several files, each must be a summary of a table")
+    return contents[0]
+
+
 def speed_groups(*contents: Any) -> dict[str, Any]:
     """Panels of Figure 2: of one file that has them, or the paper's and one of each summary.
 
@@ -68,7 +79,7 @@ def speed_groups(*contents: Any) -> dict[str, Any]:
         ValueError: see :func:`focal_det.lab.figures.speed_panels`.
     """
     if not all("rows" in content for content in contents):
-        (groups,) = contents
+        groups = _only(contents)
         return dict(groups)
     paper: dict[str, Any] = json.loads(PAPER_SPEED.read_text(encoding="utf-8"))
     return paper | figures.speed_panels(contents)
@@ -81,7 +92,7 @@ def over_ratio(*contents: Any) -> dict[str, Any]:
         ValueError: no summary has both an AP and a ratio.
     """
     if not all("rows" in content for content in contents):
-        (traced,) = contents
+        traced = _only(contents)
         return dict(traced)
     traced = imbalance.trace(contents)
     if not traced["points"]:
@@ -95,6 +106,7 @@ OF_DATA: dict[str, Callable[..., Figure]] = {
     "imbalance": lambda *contents: figures.figure_imbalance(over_ratio(*contents)),
     "7": lambda summary: figures.figure_7(settings_of_fl_star(summary)),
 }
+OF_SUMMARIES = ("2", "imbalance")  # of any number of them
 
 
 def draw(name: str, data: Sequence[Path], output: Path) -> None:
@@ -107,12 +119,14 @@ def draw(name: str, data: Sequence[Path], output: Path) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the files are not what this figure is drawn from.
+        ValueError: the files are not what this figure is drawn from, or too many.
     """
     if name in OF_LOSSES:
         figure = OF_LOSSES[name]()
     else:
         paths = data or [FOLDER / f"figure_{name}.json"]
+        if len(paths) > 1 and name not in OF_SUMMARIES:
+            raise ValueError(f"figure {name} takes one file, got {', '.join(map(str, paths))}")
         try:
             figure = OF_DATA[name](*(json.loads(x.read_text(encoding="utf-8")) for x in paths))
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:

@@ -18,9 +18,9 @@ from pathlib import Path
 with warnings.catch_warnings():
     # fvcore, which Detectron2 imports, scripts its focal loss; PyTorch warns that this will go.
     warnings.filterwarnings("ignore", ".*torch.jit.script.*")
-    import focal_det  # noqa: F401  (registers the data sets)
+    import focal_det
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
 
 from focal_det.lab import results
@@ -94,13 +94,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.output.exists() and not args.output.is_dir():
         parser.error(f"--output must name a folder, got '{args.output}', a file")
     try:
+        focal_det.add_config(get_cfg())  # says why, where no data set of the user's is known
         sweeps = results.read_sweeps(RESULTS / "sweeps.yaml")
         for name in args.sweeps:
             if name not in sweeps:
                 raise ValueError(f"sweep must be one of {'; '.join(sweeps)}, got {name!r}")
         chosen = [sweeps[name] for name in args.sweeps or sweeps]
         args.trials, args.timed = list_trials(chosen, args.sweeps)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
     args.output = args.output.resolve()
     return args

@@ -215,7 +215,7 @@ def load_of_schema(path: Path, schema: int) -> dict[str, Any]:
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON, or of its encoding
+    except (ValueError, RecursionError) as error:  # of JSON, of its encoding, of its depth
         raise ValueError(f"{path}: {error}") from error
     found = record.get("schema") if isinstance(record, dict) else None
     if found != schema:

@@ -33,6 +33,11 @@ __all__ = [
 
 ENV_VARIABLE = "FOCAL_DET_DATASETS"
 _ENTRY_FORM = "name:annotations.json:image_dir"
+# What Detectron2 and pycocotools come to in a file that is not COCO's.
+_OF_ANOTHER_FORM = (
+    *(AssertionError, AttributeError, IndexError, KeyError),
+    *(RecursionError, TypeError, ValueError),
+)
 
 
 def register_all() -> None:
@@ -149,9 +154,16 @@ def _load_inside(json_file: str, image_root: str, name: str) -> list[dict[str, A
     """Detectron2's dataset dicts of a COCO file, all of whose images are inside their folder.
 
     Raises:
-        ValueError: one is not; see :func:`focal_det.safe_loading.check_inside`.
+        ValueError: one is not, see :func:`focal_det.safe_loading.check_inside`; or the file is not
+            of COCO's form.
     """
-    records: list[dict[str, Any]] = load_coco_json(json_file, image_root, name)
+    try:
+        records: list[dict[str, Any]] = load_coco_json(json_file, image_root, name)
+    except _OF_ANOTHER_FORM as error:
+        raise ValueError(
+            f"{name!r}: {json_file} cannot be read as COCO annotations: "
+            f"{type(error).__name__}: {error} (tools/check_dataset.py {name} says more)"
+        ) from error
     for record in records:
         record["file_name"] = check_inside(image_root, record["file_name"])
     return records

@@ -16,7 +16,7 @@ Instead of rows, ``axes`` may map config keys to lists of values; every combinat
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -34,10 +34,13 @@ FOLDER = Path(__file__).parent / "tables"
 DEPTHS = (18, 34, 50, 101, 152)
 RATIOS = {1: [1.0], 3: [0.5, 1.0, 2.0]}
 MAX_SCALES = 8
+MAX_IMAGE_SCALE = 100
 PAPER_KEYS = (*METRICS, "milliseconds")
 RESERVED = frozenset({"results", "metrics"})  # whose .json other tools write
 TABLE_KEYS = frozenset({"title", "source", "overrides", "rows", "axes", "speed"})
 NOT_OVERRIDES = {
+    "DATASETS.TRAIN": "--data says that",
+    "DATASETS.TEST": "--data says that",
     "SEED": "--seeds says how many there are, from 1 on",
     "OUTPUT_DIR": "--output says that",
     "MODEL.META_ARCHITECTURE": "a row's `detector` says that",
@@ -79,7 +82,7 @@ class Row:
         """
         for key, value in self.overrides.items():
             check_override(key)
-            if isinstance(value, float) and not math.isfinite(value):
+            if not all(math.isfinite(x) for x in _floats(value)):
                 raise ValueError(f"{key} must be a finite number, got {value}")
             if value is None:
                 # Detectron2 would take it for any key.
@@ -92,13 +95,17 @@ class Row:
             per_octave = self.anchors["scales"]
             factors = [2 ** (index / per_octave) for index in range(per_octave)]
             sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
+            if not sizes or not all(sizes):
+                raise ValueError(
+                    f"MODEL.ANCHOR_GENERATOR.SIZES must have a list of sizes a level, got {sizes}"
+                )
             cfg.MODEL.ANCHOR_GENERATOR.SIZES = [
                 [min(level) * factor for factor in factors] for level in sizes
             ]
             cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [RATIOS[self.anchors["aspect_ratios"]]]
         if self.image_scale != 1:
             for key in ("MIN_SIZE_TRAIN", "MAX_SIZE_TRAIN", "MIN_SIZE_TEST", "MAX_SIZE_TEST"):
-                cfg.INPUT[key] = _scaled(cfg.INPUT[key], self.image_scale)
+                cfg.INPUT[key] = _scaled(key, cfg.INPUT[key], self.image_scale)
         if self.deeper:
             _deepen(cfg, self.deeper)
         choose_detector(cfg, self.detector)
@@ -165,7 +172,7 @@ def load_table(name: str) -> Table:
     with path.open(encoding="utf-8") as file:
         try:
             content = load_yaml(file)
-        except YAMLError as error:
+        except (YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     _check_keys(content, TABLE_KEYS, str(path))
     if ("rows" in content) == ("axes" in content):
@@ -211,8 +218,11 @@ def _row(entry: Any, shared: dict[str, Any], path: Path) -> Row:
         scale = Fraction(str(entry.get("image_scale", 1)))
     except (ValueError, ZeroDivisionError):
         scale = Fraction(0)
-    if scale <= 0:
-        raise ValueError(f"{where}: image_scale must be above 0, got {entry['image_scale']!r}")
+    if not 0 < scale <= MAX_IMAGE_SCALE:
+        raise ValueError(
+            f"{where}: image_scale must be above 0, up to {MAX_IMAGE_SCALE}, got "
+            f"{entry['image_scale']!r}"
+        )
     deeper = entry.get("deeper", 0)
     if not _is_one_of(deeper, range(len(DEPTHS))):
         raise ValueError(f"{where}: deeper must be 0 to {len(DEPTHS) - 1}, got {deeper!r}")
@@ -270,10 +280,22 @@ def _mapping(content: Any, where: str) -> dict[str, Any]:
     return dict(content)
 
 
-def _scaled(size: Any, factor: Fraction) -> Any:
+def _scaled(key: str, size: Any, factor: Fraction) -> Any:
     if isinstance(size, (tuple, list)):
-        return type(size)(round(each * factor) for each in size)
-    return round(size * factor)
+        return type(size)(_scaled(key, each, factor) for each in size)
+    made = round(size * factor)
+    if size > 0 and made < 1:  # Detectron2 takes 0 for "as the image is"
+        raise ValueError(f"image_scale {float(factor):g} leaves no pixel of INPUT.{key} {size}")
+    return made
+
+
+def _floats(value: Any) -> Iterator[float]:
+    """The floats of a value, lists in it included."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _floats(each)
 
 
 def _deepen(cfg: CfgNode, steps: int) -> None:

@@ -58,11 +58,18 @@ def read_record(path: Path) -> dict[str, Any]:
     """
     record = records.load_of_schema(path, SCHEMA)
     for name, kind in PARTS.items():
-        if not isinstance(record.get(name), kind) or isinstance(record[name], bool):
+        # Looked up before it is judged: what is missing would pass where null does.
+        if (
+            name not in record
+            or not isinstance(record[name], kind)
+            or isinstance(record[name], bool)
+        ):
             raise ValueError(f"{path}: {name} is missing or of another kind")
-    for part in record["data"]:
-        if not isinstance(part, list) or not all(isinstance(name, str) for name in part):
-            raise ValueError(f"{path}: data must be lists of names, got {part!r}")
+    parts = record["data"]
+    if len(parts) != 2 or not all(isinstance(part, list) and part for part in parts):
+        raise ValueError(f"{path}: data must be two lists of names, got {parts!r}")
+    if not all(isinstance(name, str) for part in parts for name in part):
+        raise ValueError(f"{path}: data must be two lists of names, got {parts!r}")
     made = {**SINCE, **record}
     for name in ("annotations", "not_measured"):
         if not isinstance(made[name], Mapping):
@@ -75,6 +82,10 @@ def read_record(path: Path) -> dict[str, Any]:
     except TypeError as error:
         raise ValueError(f"{path}: {error}") from error
     made["environment"] = {"commit": None, "device": "unknown", **record["environment"]}
+    for name in ("commit", "device"):
+        value = made["environment"][name]
+        if not isinstance(value, (str, type(None))):
+            raise ValueError(f"{path}: environment: {name} must be text, got {value!r}")
     return made
 
 

@@ -238,11 +238,6 @@ def _check_trial(cfg: CfgNode) -> None:
     Raises:
         ValueError: key, value and what is allowed are named.
     """
-    if len(cfg.DATASETS.TEST) != 1:
-        raise ValueError(
-            f"DATASETS.TEST must name one data set, got {tuple(cfg.DATASETS.TEST)}: "
-            "a trial has one AP"
-        )
     for key in ("MAX_ITER", "IMS_PER_BATCH"):
         if cfg.SOLVER[key] < 1:
             raise ValueError(f"SOLVER.{key} must be 1 or more, got {cfg.SOLVER[key]}")
@@ -270,15 +265,21 @@ def _try_to_build(cfg: CfgNode) -> None:
     """Build the model without its weights, which takes next to no time and memory.
 
     A model that works with numbers while it is built cannot be built so; it is built on the CPU.
+
+    Raises:
+        AssertionError, ValueError: it cannot be built.
     """
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = "meta"
     try:
-        with torch.device("meta"):
+        try:
+            with torch.device("meta"):
+                build_model(cfg)
+        except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
+            cfg.MODEL.DEVICE = "cpu"
             build_model(cfg)
-    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
-        cfg.MODEL.DEVICE = "cpu"
-        build_model(cfg)
+    except KeyError as error:  # often no more than the key
+        raise ValueError(f"the model cannot be built: KeyError: {said(error)}") from error
 
 
 def count_classes(dataset: str) -> int:

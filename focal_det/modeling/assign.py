@@ -139,6 +139,8 @@ def _triton_for(device: torch.device, impl: str) -> Any:
     try:
         module = import_triton("triton_match")
         module.prepare(device)
+    except torch.cuda.OutOfMemoryError:  # a RuntimeError that says nothing of Triton
+        raise
     except RuntimeError as error:
         if impl == "triton":
             raise

@@ -246,6 +246,8 @@ def test_classes_of_a_broken_file_are_unknown(content: str, tmp_path: Path) -> N
     (tmp_path / "a.json").write_text(content)
     register_from_env(f"broken:{tmp_path / 'a.json'}:{tmp_path}")
     assert dataset_classes("broken") is None
+    with pytest.raises(ValueError, match=r"'broken': .*a\.json cannot be read as COCO annotations"):
+        DatasetCatalog.get("broken")
 
 
 def test_classes_of_an_unknown_set_are_unknown() -> None:

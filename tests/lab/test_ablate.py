@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -98,6 +99,11 @@ def test_a_script_for_one_table_has_help_of_its_own(root, tmp_path):
         (("--table", "3", "--data", "digits_clutter", "--config", "x"), "--config must name a YA"),
         (("--table", "3", "--data", "digits_clutter", "--config", "list.yaml"), "list.yaml: a con"),
         (("--table", "3", "--data", "digits_clutter", "--output", "list.yaml"), "must name a fold"),
+        (("--table", "3", "--data", "digits_clutter", "--config", "raw.yaml"), "raw.yaml: no YAML"),
+        (
+            ("--table", "3", "--data", "digits_clutter", "DATASETS.TRAIN", "()"),
+            "DATASETS.TRAIN cannot be overridden: --data says that",
+        ),
         (
             ("--table", "3", "--data", "digits_clutter", "SOLVER.LR", "1"),
             "Non-existent key: SOLVER.LR",
@@ -106,7 +112,25 @@ def test_a_script_for_one_table_has_help_of_its_own(root, tmp_path):
 )
 def test_a_command_line_that_cannot_be_carried_out_ends_with_2(ablate, tmp_path, words, says):
     (tmp_path / "list.yaml").write_text("[1, 2]")
+    (tmp_path / "raw.yaml").write_bytes(b"\xff")
     assert says in ablate(*words, status=2)
+
+
+@pytest.mark.parametrize("tool", ["ablate", "analyze", "results"])
+def test_what_is_wrong_with_ones_own_data_comes_before_that_they_are_unknown(root, tool):
+    words = {
+        "ablate": ("--table", "3", "--data", "cells", "--dry-run"),
+        "analyze": ("imbalance", "--data", "cells"),
+        "results": ("--dry-run",),
+    }
+    ran = subprocess.run(
+        [sys.executable, root / "tools" / f"{tool}.py", *words[tool]],
+        env={**os.environ, "FOCAL_DET_DATASETS": "cells_train:none.json:images"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 2
+    assert "entry 'cells_train:none.json:images': annotations file not found" in ran.stderr
+    assert "Traceback" not in ran.stderr
 
 
 def test_more_than_there_is_cannot_be_asked_for(ablate, few):
@@ -158,15 +182,21 @@ def test_records_of_other_annotations_are_in_no_table(tool, few, tmp_path, capsy
         ({"gflops": "many"}, "gflops must be a number or null, got 'many'"),
         ({"not_measured": None}, "not_measured must map names to texts, got None"),
         ({"annotations": []}, r"annotations must map names to texts, got \[\]"),
-        ({"data": ["few_train"]}, "data must be lists of names, got 'few_train'"),
-        ({"data": [[1], ["few_val"]]}, r"data must be lists of names, got \[1\]"),
+        ("[" * 100_000, "recursion"),
+        ({"error": ...}, "error is missing or of another kind"),
+        ({"data": ["few_train"]}, r"data must be two lists of names, got \['few_train'\]"),
+        ({"data": [[1], ["few_val"]]}, r"data must be two lists of names, got \[\[1\]"),
+        ({"data": [[], ["few_val"]]}, r"data must be two lists of names, got \[\[\]"),
+        ({"data": []}, r"data must be two lists of names, got \[\]"),
+        ({"environment": {"device": {}}}, "environment: device must be text, got {}"),
         ({"inference_ms": 12.0}, "inference_ms must have numbers by name, got 12.0"),
     ],
 )
 def test_a_record_that_cannot_be_read_is_named(tmp_path, content, says):
     path = tmp_path / "one.json"
     if isinstance(content, dict):
-        content = json.dumps({**make_trial(), **content})
+        made = {**make_trial(), **content}
+        content = json.dumps({key: value for key, value in made.items() if value is not ...})
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=f"one.json: .*{says}"):
         read_record(path)

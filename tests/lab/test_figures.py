@@ -174,6 +174,7 @@ def test_the_same_data_give_the_same_bytes(plot, tmp_path):
         (("figure", "3"), "invalid choice: '3'"),
         (("figure", "1", "--data", "x.json"), "--data is for figure 2, 4, imbalance, 7, got 1"),
         (("figure", "4", "--data", "x.json"), "x.json"),
+        (("figure", "7", "--data", "x", "y"), "figure 7 takes one file, got x, y"),
     ],
 )
 def test_a_command_line_that_cannot_be_carried_out_ends_with_2(plot, words, says):
@@ -184,6 +185,9 @@ def test_data_of_another_kind_is_named(plot, tmp_path):
     (tmp_path / "x.json").write_text(json.dumps({"a": 1}))
     said = plot("figure", "4", "--data", tmp_path / "x.json", "--output", tmp_path, status=2)
     assert f"{tmp_path}/x.json is not what figure 4 is drawn from: KeyError" in said
+    words = ("--data", tmp_path / "x.json", tmp_path / "x.json", "--output", tmp_path)
+    for name in ("2", "imbalance"):
+        assert "each must be a summary" in plot("figure", name, *words, status=2)
 
 
 @pytest.mark.parametrize(

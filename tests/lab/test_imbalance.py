@@ -157,7 +157,11 @@ def test_measurements_that_cannot_be_read_are_named(
 
 
 @pytest.mark.parametrize(
-    ("annotations", "says"), [("{", "few_train: Expecting property name"), (None, "train.json")]
+    ("annotations", "says"),
+    [
+        ("{", "few/train.json cannot be read as COCO annotations: JSONDecodeError: Expecting"),
+        (None, "train.json"),
+    ],
 )
 def test_annotations_that_cannot_be_read_end_with_2(
     analyze, few, tmp_path, capsys, annotations, says

@@ -218,8 +218,9 @@ axes:
         ("rows: [{label: a}, {label: a}]", "two rows are labelled 'a'"),
         ("rows: [{label: a, anchors: {scales: 0, aspect_ratios: 1}}]", "scales, 1 to 8, and aspec"),
         ("rows: [{label: a, anchors: {scales: 1, aspect_ratios: 2}}]", "aspect_ratios, 1 or 3"),
-        ("rows: [{label: a, image_scale: 0}]", "image_scale must be above 0, got 0"),
-        ("rows: [{label: a, image_scale: 1/0}]", "image_scale must be above 0, got '1/0'"),
+        ("rows: [{label: a, image_scale: 0}]", "image_scale must be above 0, up to 100, got 0"),
+        ("rows: [{label: a, image_scale: 1/0}]", "be above 0, up to 100, got '1/0'"),
+        ("rows: [{label: a, image_scale: 1e999999}]", "be above 0, up to 100, got '1e999999'"),
         (
             "rows: [{label: a, detector: yolo}]",
             "detector must be one of focal_det, retinanet, fcos",

@@ -4,6 +4,7 @@ import fcntl
 import math
 import re
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from focal_det.lab.tables import Row, Table, load_table
 from focal_det.lab.trials import base_config, make_trials, said
 
 DEMO = "configs/demo/focal_retinanet_digits.yaml"
+ONE_ANCHOR = {"scales": 1, "aspect_ratios": 1}
 FAST = ("SOLVER.IMS_PER_BATCH", 2)
 
 
@@ -70,15 +72,23 @@ def test_the_number_of_classes_is_that_of_the_data(trials):
         (Row("r", {"MODEL.FOCAL_DET.LOSS.NAME": "Focal"}), ValueError, "'Focal', which is not one"),
         (Row("r", {"MODEL.RETINANET.FOCAL_LOSS_GAMMA": -1.0}), ValueError, "gamma must be >= 0"),
         (Row("r", {"MODEL.RETINANET.NUM_CLASSES": 3}), ValueError, "It must be 10"),
+        (Row("r", {"DATASETS.TRAIN": ["few_val"]}), ValueError, "DATASETS.TRAIN cannot be overr"),
+        (Row("r", {"DATASETS.TEST": []}), ValueError, "DATASETS.TEST cannot be overridden: --data"),
+        (Row("r", {"SOLVER.STEPS": [float("nan")]}), ValueError, "SOLVER.STEPS must be a finite"),
         (
-            Row("r", {"DATASETS.TEST": []}),
+            Row("r", {"MODEL.FPN.IN_FEATURES": ["foo"]}),
             ValueError,
-            "DATASETS.TEST must name one data set, got ()",
+            "row 'r': the model cannot be built: KeyError: foo",
         ),
         (
-            Row("r", {"DATASETS.TEST": ["few_val", "few_train"]}),
+            Row("r", {"MODEL.ANCHOR_GENERATOR.SIZES": [[]]}, anchors=ONE_ANCHOR),
             ValueError,
-            "DATASETS.TEST must name one data set, got ('few_val', 'few_train')",
+            "MODEL.ANCHOR_GENERATOR.SIZES must have a list of sizes a level, got [[]]",
+        ),
+        (
+            Row("r", {}, image_scale=Fraction(1, 1000)),
+            ValueError,
+            "row 'r': image_scale 0.001 leaves no pixel of INPUT.M",
         ),
         (Row("r", {"SOLVER.BASE_LR": None}), ValueError, "SOLVER.BASE_LR must have a value"),
         (Row("r", {"SOLVER.MAX_ITER": 0}), ValueError, "SOLVER.MAX_ITER must be 1 or more, got 0"),
