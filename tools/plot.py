@@ -79,8 +79,7 @@ def speed_groups(*contents: Any) -> dict[str, Any]:
         ValueError: see :func:`focal_det.lab.figures.speed_panels`.
     """
     if not all("rows" in content for content in contents):
-        groups = _only(contents)
-        return dict(groups)
+        return dict(_only(contents))
     paper: dict[str, Any] = json.loads(PAPER_SPEED.read_text(encoding="utf-8"))
     return paper | figures.speed_panels(contents)
 
@@ -92,8 +91,7 @@ def over_ratio(*contents: Any) -> dict[str, Any]:
         ValueError: no summary has both an AP and a ratio.
     """
     if not all("rows" in content for content in contents):
-        traced = _only(contents)
-        return dict(traced)
+        return dict(_only(contents))
     traced = imbalance.trace(contents)
     if not traced["points"]:
         raise ValueError("no row has an AP, or the ratio of background to foreground is not known")

@@ -172,7 +172,7 @@ def load_table(name: str) -> Table:
     with path.open(encoding="utf-8") as file:
         try:
             content = load_yaml(file)
-        except (YAMLError, UnicodeDecodeError) as error:
+        except YAMLError as error:
             raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     _check_keys(content, TABLE_KEYS, str(path))
     if ("rows" in content) == ("axes" in content):

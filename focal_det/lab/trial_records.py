@@ -58,17 +58,11 @@ def read_record(path: Path) -> dict[str, Any]:
     """
     record = records.load_of_schema(path, SCHEMA)
     for name, kind in PARTS.items():
-        # Looked up before it is judged: what is missing would pass where null does.
-        if (
-            name not in record
-            or not isinstance(record[name], kind)
-            or isinstance(record[name], bool)
-        ):
+        value = record.get(name, ...)  # of no kind, while a missing null would pass as one
+        if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{path}: {name} is missing or of another kind")
     parts = record["data"]
-    if len(parts) != 2 or not all(isinstance(part, list) and part for part in parts):
-        raise ValueError(f"{path}: data must be two lists of names, got {parts!r}")
-    if not all(isinstance(name, str) for part in parts for name in part):
+    if len(parts) != 2 or not all(_is_names(part) for part in parts):
         raise ValueError(f"{path}: data must be two lists of names, got {parts!r}")
     made = {**SINCE, **record}
     for name in ("annotations", "not_measured"):
@@ -87,6 +81,11 @@ def read_record(path: Path) -> dict[str, Any]:
         if not isinstance(value, (str, type(None))):
             raise ValueError(f"{path}: environment: {name} must be text, got {value!r}")
     return made
+
+
+def _is_names(part: Any) -> bool:
+    """Whether it is a list of one or more texts."""
+    return isinstance(part, list) and bool(part) and all(isinstance(name, str) for name in part)
 
 
 def _numbers(name: str, values: Any) -> dict[str, float | None]:

@@ -31,9 +31,12 @@ def load_yaml(file: IO[str]) -> Any:
     Raises:
         UnsafeFileError: another tag of Python's, or one of that kind with anything but numbers,
             lists, ``+ - * / **`` and ``for``; file, line and tag are named.
-        yaml.YAMLError: it is no YAML.
+        yaml.YAMLError: it is no YAML, or no text.
     """
-    return yaml.load(file, Loader=_PlainLoader)
+    try:
+        return yaml.load(file, Loader=_PlainLoader)
+    except UnicodeDecodeError as error:
+        raise yaml.YAMLError(str(error)) from error
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -66,7 +66,7 @@ def _install_configs() -> None:
         with theirs(cls, filename) as file:
             try:
                 content = load_yaml(file)
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
+            except yaml.YAMLError as error:
                 raise ValueError(f"{filename}: no YAML: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict):
             raise ValueError(
